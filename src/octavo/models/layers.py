@@ -106,8 +106,9 @@ class AdaLNModulation(nn.Sequential):
         self.chunks = chunks
 
     def forward(self, vector: Tensor) -> Tensor:
-        out: Tensor = super().forward(vector)
-        return out.unflatten(-1, (self.chunks, -1))
+        activate, linear = self
+        out: Tensor = linear(activate(vector))
+        return out.view(len(vector), self.chunks, -1)
 
 
 def crop_pos_embed(table: Tensor, rows: int, columns: int) -> Tensor:

@@ -12,7 +12,7 @@ B batch, N rows of modulation, L text tokens, n image tokens, D width, H heads, 
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -187,8 +187,12 @@ class MMDiT(nn.Module):
         self.t_embedder = MLPEmbedder(FREQUENCIES, config.width)
         self.y_embedder = MLPEmbedder(config.pooled_width, config.width)
         self.context_embedder = nn.Linear(config.context_width, config.width)
-        self.joint_blocks = nn.ModuleList(
-            JointBlock(config, dual=i in config.dual_attention, last=i == config.depth - 1) for i in range(config.depth)
+        self.joint_blocks = cast(
+            "Sequence[JointBlock]",
+            nn.ModuleList(
+                JointBlock(config, dual=i in config.dual_attention, last=i == config.depth - 1)
+                for i in range(config.depth)
+            ),
         )
         self.final_layer = FinalLayer(config)
 
@@ -245,6 +249,7 @@ class MMDiT(nn.Module):
                 x = x + control[i]
         x = self.final_layer(x, modulation.final)
 
-        velocity = x.unflatten(1, (rows, columns)).unflatten(-1, (patch, patch, -1))  # [B, rows, columns, p, q, C]
-        velocity = velocity.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        # [B, rows, columns, p, q, C] -> [B, C, rows, p, columns, q]: put every patch back in its place.
+        patches = x.view(x.shape[0], rows, columns, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
+        velocity: Tensor = patches.reshape(x.shape[0], -1, rows * patch, columns * patch)
         return velocity[:, :, :height, :width]

@@ -8,8 +8,9 @@ B prompts, L tokens, W width, H heads, E head width.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -129,7 +130,9 @@ class T5Stack(nn.Module):
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
-        self.block = nn.ModuleList(T5Block(config, has_bias=i == 0) for i in range(config.layers))
+        self.block = cast(
+            "Sequence[T5Block]", nn.ModuleList(T5Block(config, has_bias=i == 0) for i in range(config.layers))
+        )
         self.final_layer_norm = RMSNorm(config.width)
 
 
@@ -156,7 +159,8 @@ class T5Encoder(nn.Module):
         for (row, position), vector in (vectors or {}).items():
             x[row, position] = vector.to(x)
         # The first block's table of position biases serves all blocks.
-        table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+        attention_layer = cast(T5LayerSelfAttention, self.encoder.block[0].layer[0])
+        table = attention_layer.SelfAttention.relative_attention_bias
         bias = table(relative_buckets(tokens.shape[1], self.config, tokens.device)).permute(2, 0, 1)[None]
         for block in self.encoder.block:
             x = block(x, bias)
