@@ -1,0 +1,220 @@
+"""Tensors out of safetensors files, one at a time, straight into their final dtype and place.
+
+What is read goes through one small buffer, or through none where file and destination agree, so reading a model costs
+the model and a few megabytes. Headers are checked in `header`; what the names mean is for `layout` and `detect`.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from octavo.checkpoint.header import Entry, Header, read_header
+from octavo.errors import CheckpointError, CorruptFileError, ModelNotFoundError, UnsupportedFormatError
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
+    "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+INDEX_SUFFIX = ".safetensors.index.json"
+CPU_CHUNK = 4 << 20  # bytes converted at a time: small enough to stay in the cache
+DEVICE_CHUNK = 32 << 20  # bytes sent to an accelerator at a time
+# Smallest magnitude code that is not a number (or is infinite), sign bit taken off.
+FIRST_NON_FINITE_CODE: Mapping[torch.dtype, int] = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
+
+
+class TensorFile:
+    """The tensors of one safetensors file, or of several shards read as one; use as a context manager.
+
+    Attributes:
+        path: what was opened: the file, or the shards' index.
+        headers: one per file.
+        entries: all tensors by name.
+    """
+
+    def __init__(self, path: Path, headers: tuple[Header, ...]) -> None:
+        self.path = path
+        self.headers = headers
+        self.entries: dict[str, Entry] = {name: entry for header in headers for name, entry in header.entries.items()}
+        self._files: dict[Path, BinaryIO] = {}
+        self._buffers: dict[str, Tensor] = {}
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the headers say beside the tensors; a later shard wins."""
+        return {key: value for header in self.headers for key, value in header.metadata.items()}
+
+    def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """The tensor `name`, in its own dtype unless `dtype` is given. Values are taken as they are, NaN included."""
+        entry = self.entries[name]
+        out = torch.empty(entry.shape, dtype=dtype or torch_dtype(entry), device=device)
+        self.read_into(name, out, check=False)
+        return out
+
+    def read_into(self, name: str, out: Tensor, *, rows: tuple[int, int] | None = None, check: bool = True) -> None:
+        """Fill `out` with the tensor `name`, converting dtype and device on the way.
+
+        Args:
+            out: contiguous, with as many elements as are read; the shape may differ (a linear and a 1×1 conv).
+            rows: read only these, from and up to, of the first dimension.
+            check: refuse NaN and infinity.
+
+        Raises:
+            CorruptFileError: the file ends early, or holds NaN or infinity.
+            UnsupportedFormatError: a number format that torch cannot hold.
+        """
+        entry = self.entries[name]
+        dtype = torch_dtype(entry)
+        start, nbytes = entry.start, entry.nbytes
+        if rows is not None:
+            row_bytes = nbytes // entry.shape[0]
+            start, nbytes = start + rows[0] * row_bytes, (rows[1] - rows[0]) * row_bytes
+        assert out.is_contiguous(), f"'{name}' goes into a tensor that is not contiguous"
+        assert out.numel() * dtype.itemsize == nbytes, f"'{name}' has {nbytes} bytes, its place {out.numel()} elements"
+
+        flat = out.view(-1)
+        chunk_bytes = CPU_CHUNK if out.device.type == "cpu" else DEVICE_CHUNK
+        direct = out.device.type == "cpu" and out.dtype == dtype
+        for position in range(0, nbytes, chunk_bytes):
+            size = min(chunk_bytes, nbytes - position)
+            place = flat[position // dtype.itemsize : (position + size) // dtype.itemsize]
+            chunk = place if direct else self._buffer(out.device)[:size].view(dtype)
+            self._fill(entry, start + position, chunk)
+            if not direct:
+                place.copy_(chunk)
+            if check:
+                _check_finite(entry, chunk, place)
+
+    def close(self) -> None:
+        """Close the files; reading opens them again."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+        self._buffers.clear()
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _buffer(self, device: torch.device) -> Tensor:
+        if device.type not in self._buffers:
+            size = CPU_CHUNK if device.type == "cpu" else DEVICE_CHUNK
+            self._buffers[device.type] = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        return self._buffers[device.type]
+
+    def _fill(self, entry: Entry, start: int, chunk: Tensor) -> None:
+        view, done = bytes_of(chunk), 0
+        with _reading(entry.file):
+            if entry.file not in self._files:
+                self._files[entry.file] = entry.file.open("rb", buffering=0)
+            file = self._files[entry.file]
+            file.seek(start)
+            while done < len(view):
+                count = file.readinto(view[done:])  # type: ignore[attr-defined]  # unbuffered files have it
+                if not count:
+                    raise CorruptFileError(
+                        f"'{entry.file}' ended while '{entry.name}' was read; it was longer a moment ago. "
+                        "Is it still being downloaded? Wait, or download it again."
+                    )
+                done += count
+
+
+def open_tensors(path: Path) -> TensorFile:
+    """The tensors at `path`: a .safetensors file, or an index of shards (`*.safetensors.index.json`).
+
+    Raises:
+        ModelNotFoundError: the file is not there.
+        CheckpointError: it, or one of its shards, is damaged, missing or of a format that is not read.
+    """
+    if not path.name.endswith(INDEX_SUFFIX):
+        return TensorFile(path, (read_header(path),))
+    weight_map = _read_index(path)
+    headers = []
+    for shard in sorted(set(weight_map.values())):
+        if not (path.parent / shard).is_file():
+            raise CorruptFileError(f"'{path}' names the shard '{shard}', which is not beside it. Download it too.")
+        headers.append(read_header(path.parent / shard))
+    held = {header.path.name: header.entries for header in headers}
+    for name, shard in weight_map.items():
+        if name not in held[shard]:
+            raise CorruptFileError(f"'{path}' promises '{name}' in '{shard}', which has no such tensor. Download both.")
+    names = [name for header in headers for name in header.entries]
+    if len(set(names)) < len(names):
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise CorruptFileError(f"'{path}' leads to '{repeated}' in two shards. Download the shards again.")
+    return TensorFile(path, tuple(headers))
+
+
+def torch_dtype(entry: Entry) -> torch.dtype:
+    """How torch calls the dtype of `entry`; UnsupportedFormatError where torch has no such numbers."""
+    if entry.dtype not in DTYPES:
+        raise UnsupportedFormatError(
+            f"'{entry.file}' keeps '{entry.name}' as {entry.dtype}, which Octavo does not read. "
+            "Use a 16-bit or FP8 version of the model."
+        )
+    return DTYPES[entry.dtype]
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, writable."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name to shard name, as the index at `path` has them."""
+    if not path.is_file():
+        raise ModelNotFoundError(f"There is no file '{path}'. Check the name.")
+    with _reading(path):
+        text = path.read_bytes()
+    try:
+        weight_map = json.loads(text)["weight_map"]
+        shards = [Path(shard) for shard in weight_map.values()]
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptFileError(f"'{path}' is not an index of shards ({error!r:.80}). Download it again.") from error
+    # A shard lies beside its index; a name that leads elsewhere is an attempt to read other files.
+    if not shards or any(shard.name != str(shard) or not shard.name for shard in shards):
+        raise CorruptFileError(f"'{path}' names no shards, or shards outside its own folder. Download it again.")
+    return {str(name): str(shard) for name, shard in weight_map.items()}
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"'{path}' cannot be read: {error.strerror or error}.") from error
+
+
+def _check_finite(entry: Entry, chunk: Tensor, place: Tensor) -> None:
+    """`chunk` is as read, `place` as stored: a conversion to float16 can overflow."""
+    if not all_finite(chunk):
+        raise CorruptFileError(
+            f"'{entry.file}' has NaN or infinity in '{entry.name}', so no picture can come of it. "
+            "Download or make the file again."
+        )
+    if place.dtype == torch.float16 and chunk.dtype != torch.float16 and not all_finite(place):
+        raise CheckpointError(
+            f"'{entry.file}' has values in '{entry.name}' beyond float16's 65504. Load it as bfloat16 or float32."
+        )
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether `tensor` holds neither NaN nor infinity; integers never do.
+
+    One pass over the memory: minimum and maximum carry NaN along, and FP8 codes are compared as integers.
+    """
+    if tensor.numel() == 0 or not tensor.dtype.is_floating_point:
+        return True
+    if tensor.dtype in FIRST_NON_FINITE_CODE:
+        largest = int((tensor.view(torch.uint8) & 0x7F).amax())
+        return largest < FIRST_NON_FINITE_CODE[tensor.dtype]
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) and torch.isfinite(high))
