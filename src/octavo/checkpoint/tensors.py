@@ -15,6 +15,7 @@ from torch import Tensor
 
 from octavo.checkpoint.header import Entry, Header, read_header
 from octavo.errors import CheckpointError, CorruptFileError, ModelNotFoundError, UnsupportedFormatError
+from octavo.fp8.formats import FORMATS, all_finite_codes
 
 DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
@@ -25,8 +26,6 @@ DTYPES: Mapping[str, torch.dtype] = {
 INDEX_SUFFIX = ".safetensors.index.json"
 CPU_CHUNK = 4 << 20  # bytes converted at a time: small enough to stay in the cache
 DEVICE_CHUNK = 32 << 20  # bytes sent to an accelerator at a time
-# Smallest magnitude code that is not a number (or is infinite), sign bit taken off.
-FIRST_NON_FINITE_CODE: Mapping[torch.dtype, int] = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
 
 
 class TensorFile:
@@ -213,8 +212,7 @@ def all_finite(tensor: Tensor) -> bool:
     """
     if tensor.numel() == 0 or not tensor.dtype.is_floating_point:
         return True
-    if tensor.dtype in FIRST_NON_FINITE_CODE:
-        largest = int((tensor.view(torch.uint8) & 0x7F).amax())
-        return largest < FIRST_NON_FINITE_CODE[tensor.dtype]
+    if tensor.dtype in FORMATS:
+        return all_finite_codes(tensor)
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low) and torch.isfinite(high))

@@ -1,0 +1,80 @@
+"""What this machine can do, asked when called; importing it asks nothing.
+
+Which device and dtype to use where the user names none, and how much memory is left on it.
+"""
+
+import os
+from collections.abc import Mapping
+
+import torch
+
+from octavo.errors import RequestError, did_you_mean
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+    "float16": torch.float16, "fp16": torch.float16,
+    "float32": torch.float32, "fp32": torch.float32,
+}  # fmt: skip
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device called `name` (cpu, cuda, cuda:1, mps), or the fastest one here.
+
+    Raises:
+        RequestError: no such device, here or at all.
+    """
+    if name is None or name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        suggestion = did_you_mean(name, ("cpu", "cuda", "mps"))
+        raise RequestError(f"There is no device '{name}'. Use cpu, cuda, cuda:1 or mps.{suggestion}") from error
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= count.get(device.type, 0):
+        raise RequestError(
+            f"This machine has no device '{name}' that torch can use. Leave the device out to use '{pick_device()}'."
+        )
+    if name == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The dtype to compute in: the one called `name`, or what suits `device`.
+
+    A CPU gets float32: without special units its 16-bit arithmetic is six times slower. A GPU gets bfloat16, the dtype
+    that SD3.5 is released in, or float16 where bfloat16 would be emulated.
+
+    Raises:
+        RequestError: no such dtype.
+    """
+    if name is not None and name != "auto":
+        if name not in DTYPES:
+            raise RequestError(f"There is no dtype '{name}'. Use {', '.join(DTYPES)}.{did_you_mean(name, DTYPES)}")
+        return DTYPES[name]
+    if device.type == "cpu":
+        return torch.float32
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory on `device` that a new model could take now; None where the system does not tell."""
+    if device.type == "cuda":
+        # What torch keeps for itself but does not use is free to us too.
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserved
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None

@@ -1,0 +1,95 @@
+"""An FP8 linear is F.linear with the dequantized weight, and stays FP8 whatever is done to the model around it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from octavo.fp8 import E4M3FN, E5M2, Fp8Linear, LinearSpec, Scaled, dequantize, quantize
+from octavo.quantize import convert
+
+SPECS = [LinearSpec(), LinearSpec(granularity="row"), LinearSpec(format=E5M2, input_scale=True, full_precision=True)]
+
+
+def small_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.SiLU(), nn.Linear(5, 3, bias=False))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_output_is_that_of_the_dequantized_weight(spec: LinearSpec, dtype: torch.dtype) -> None:
+    model = small_model()
+    plain = model[0]
+    assert isinstance(plain, nn.Linear)
+    expected_weight = dequantize(quantize(plain.weight, spec.format, spec.granularity), dtype)
+    convert(model, {"0": spec})
+    linear = model[0]
+    assert isinstance(linear, Fp8Linear)
+    x = torch.randn(2, 4, 6).to(dtype)
+    out = linear(x)
+    assert out.dtype == dtype
+    assert torch.equal(out, F.linear(x, expected_weight, plain.bias.to(dtype)))
+    assert isinstance(model[2], nn.Linear)
+
+
+def test_a_model_on_meta_is_converted_without_memory() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(2**17, 2**17), nn.Linear(8, 8))
+    convert(model, {"0": LinearSpec(granularity="row")})
+    linear = model[0]
+    assert isinstance(linear, Fp8Linear)
+    assert {
+        name: (tensor.dtype, tuple(tensor.shape), tensor.device.type) for name, tensor in linear.state_dict().items()
+    } == {
+        "q": (torch.float8_e4m3fn, (2**17, 2**17), "meta"),
+        "scale": (torch.float32, (2**17, 1), "meta"),
+        "bias": (torch.float32, (2**17,), "meta"),
+    }
+
+
+@pytest.mark.parametrize("change", [nn.Module.half, nn.Module.bfloat16, nn.Module.double], ids=lambda f: f.__name__)
+def test_changing_the_models_dtype_leaves_codes_and_scales_alone(change: object) -> None:
+    model = small_model()
+    convert(model, {"0": LinearSpec(input_scale=True)})
+    linear = model[0]
+    assert isinstance(linear, Fp8Linear)
+    before = {name: tensor.clone() for name, tensor in linear.state_dict().items()}
+    change(model)  # type: ignore[operator]
+    assert linear.bias is not None
+    assert linear.bias.dtype == model[2].weight.dtype != torch.float32
+    for name in ("q", "scale", "input_scale"):
+        after = linear.state_dict()[name]
+        assert after.dtype == before[name].dtype
+        assert torch.equal(after.float(), before[name].float())
+
+
+def test_moving_to_another_device_moves_everything() -> None:
+    model = small_model()
+    convert(model, {"0": LinearSpec(granularity="row")})
+    model.to("meta", torch.bfloat16)
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
+    assert model.state_dict()["0.q"].dtype == torch.float8_e4m3fn
+
+
+@pytest.mark.gradients
+def test_gradients_reach_the_input() -> None:
+    model = small_model()
+    convert(model, {"0": LinearSpec()})
+    linear = model[0]
+    assert isinstance(linear, Fp8Linear)
+    x = torch.randn(3, 6, requires_grad=True)
+    linear(x).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, dequantize(Scaled(linear.q, linear.scale)).sum(0).expand(3, 6))
+
+
+def test_only_linear_layers_can_be_converted() -> None:
+    with pytest.raises(AssertionError, match="'1' is not a linear layer but a SiLU"):
+        convert(small_model(), {"1": LinearSpec(format=E4M3FN)})
+
+
+def test_it_tells_what_it_is() -> None:
+    model = small_model()
+    convert(model, {"0": LinearSpec(granularity="row")})
+    assert "Fp8Linear(in_features=6, out_features=5, bias=True, e4m3fn by row)" in repr(model)
