@@ -82,6 +82,17 @@ class Modulation:
             self.final[index],
         )
 
+    @classmethod
+    def stack(cls, parts: Sequence["Modulation"]) -> "Modulation":
+        """The rows of all `parts`, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            tuple(torch.cat(blocks) for blocks in zip(*(part.image for part in parts), strict=True)),
+            tuple(torch.cat(blocks) for blocks in zip(*(part.context for part in parts), strict=True)),
+            torch.cat([part.final for part in parts]),
+        )
+
 
 class QKV(NamedTuple):
     """Queries, keys and values, each [B, L, H, E]."""
