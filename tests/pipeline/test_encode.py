@@ -1,0 +1,100 @@
+"""Conditioning against ComfyUI's, for every set of encoders."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from octavo.models import ClipConfig, ClipTextEncoder, T5Config, T5Encoder
+from octavo.pipeline.encode import TextEncoders, encode
+from octavo.text.tokenizers import EncoderTokenizer, Tokenizers
+from tests.goldens import golden
+from tests.recipes import text_encoder_weights
+
+ALL = frozenset({"clip_l", "clip_g", "t5xxl"})
+SUBSETS = {
+    "only_l": {"clip_l"},
+    "only_g": {"clip_g"},
+    "only_t5": {"t5xxl"},
+    "l_g": {"clip_l", "clip_g"},
+    "l_t5": {"clip_l", "t5xxl"},
+    "g_t5": {"clip_g", "t5xxl"},
+    "none": set[str](),
+}
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, torch.nn.Module]:
+    """The shortened encoders of the recording, widths as released."""
+    description = golden("comfyui/text_encoders.json")
+    with torch.device("meta"):
+        built: dict[str, torch.nn.Module] = {
+            "clip_l": ClipTextEncoder(
+                ClipConfig(width=768, layers=3, heads=12, mlp_width=3072, activation="quick_gelu")
+            ),
+            "clip_g": ClipTextEncoder(
+                ClipConfig(width=1280, layers=3, heads=20, mlp_width=5120, activation="gelu", projection=1280)
+            ),
+            "t5xxl": T5Encoder(T5Config(width=4096, layers=2, heads=4, head_width=64, mlp_width=512)),
+        }
+    for name, model in built.items():
+        weights = text_encoder_weights(description, name)
+        # Copies that the files hold and the conditioning never reads.
+        for surplus in weights.keys() - model.state_dict().keys():
+            assert surplus in ("text_projection.weight", "encoder.embed_tokens.weight")
+            del weights[surplus]
+        model.load_state_dict(weights, assign=True)
+    return built
+
+
+def encoders(models: dict[str, torch.nn.Module], names: frozenset[str] | set[str] = ALL) -> TextEncoders:
+    kits = {"clip_l": EncoderTokenizer.clip_l(), "clip_g": EncoderTokenizer.clip_g(), "t5": EncoderTokenizer.t5()}
+    return TextEncoders(
+        tokenizers=Tokenizers(**{key: kit for key, kit in kits.items() if key.replace("t5", "t5xxl") in names}),
+        clip_l=(lambda: models["clip_l"]) if "clip_l" in names else None,
+        clip_g=(lambda: models["clip_g"]) if "clip_g" in names else None,
+        t5=(lambda: models["t5xxl"]) if "t5xxl" in names else None,
+        context_width=4096,
+        pooled_width=2048,
+    )
+
+
+@pytest.mark.parametrize("case", ["empty", "cat", "weights", "long"])
+def test_conditioning_equals_comfyui(models: dict[str, torch.nn.Module], case: str) -> None:
+    recorded = load_file(golden("comfyui/text_encoders.safetensors"))
+    prompt = json.loads(golden("comfyui/text_encoders.json").read_text())["cases"][case]["prompt"]
+    conditioning = encode(encoders(models), prompt)
+    torch.testing.assert_close(
+        conditioning.context[:, :, ::8], recorded[f"{case}/cond_every8th_channel"], atol=1e-4, rtol=0
+    )
+    torch.testing.assert_close(conditioning.pooled, recorded[f"{case}/pooled"], atol=1e-4, rtol=0)
+
+
+def test_clip_skip_reads_another_layer(models: dict[str, torch.nn.Module]) -> None:
+    recorded = load_file(golden("comfyui/text_encoders.safetensors"))
+    prompt = json.loads(golden("comfyui/text_encoders.json").read_text())["cases"]["cat"]["prompt"]
+    conditioning = encode(encoders(models), prompt, clip_skip=1)
+    expected = recorded["cat_clip_skip_minus1/cond_every8th_channel"]
+    torch.testing.assert_close(conditioning.context[:, :, ::8], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", SUBSETS)
+def test_missing_encoders_leave_zeros_where_comfyui_has_them(models: dict[str, torch.nn.Module], case: str) -> None:
+    recorded = load_file(golden("comfyui/text_encoders.safetensors"))
+    cases = json.loads(golden("comfyui/text_encoders.json").read_text())["cases"]
+    facts, prompt = cases[case], cases["cat"]["prompt"]
+    conditioning = encode(encoders(models, SUBSETS[case]), prompt)
+    assert list(conditioning.context.shape) == facts["cond_shape"]
+    torch.testing.assert_close(conditioning.pooled, recorded[f"{case}/pooled"], atol=1e-4, rtol=0)
+
+    whole = encode(encoders(models), prompt).context
+    has_clip = bool(SUBSETS[case] & {"clip_l", "clip_g"})
+    if has_clip:
+        expected_l = whole[:, :77, :768] if "clip_l" in SUBSETS[case] else torch.zeros(1, 77, 768)
+        expected_g = whole[:, :77, 768:2048] if "clip_g" in SUBSETS[case] else torch.zeros(1, 77, 1280)
+        assert torch.equal(conditioning.context[:, :77, :2048], torch.cat([expected_l, expected_g], dim=-1))
+    if "t5xxl" in SUBSETS[case]:
+        assert torch.equal(conditioning.context[:, 77 * has_clip :], whole[:, 77:])
+    if case == "none":
+        assert not conditioning.context.any()
