@@ -1,1 +1,47 @@
-"""Stable Diffusion 3.5 in 8 bits."""
+"""Stable Diffusion 3.5 in 8 bits.
+
+>>> from octavo import GenerateRequest, generate, load
+>>> components = load("sd3.5_medium")  # or nothing: the embedded model
+>>> (picture,) = generate(components, GenerateRequest(prompt="a red star on a blue background", seed=1))
+>>> picture.save("star.png")
+
+Names are imported when first used, for torch takes its time.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from octavo import errors
+from octavo._version import __version__
+
+if TYPE_CHECKING:
+    from octavo.pipeline.components import Components, load
+    from octavo.pipeline.generate import generate, generate_each
+    from octavo.pipeline.image import Picture
+    from octavo.pipeline.request import GenerateRequest
+
+__all__ = [
+    "Components",
+    "GenerateRequest",
+    "Picture",
+    "__version__",
+    "errors",
+    "generate",
+    "generate_each",
+    "load",
+]
+
+_HOMES = {
+    "Components": "octavo.pipeline.components",
+    "load": "octavo.pipeline.components",
+    "generate": "octavo.pipeline.generate",
+    "generate_each": "octavo.pipeline.generate",
+    "Picture": "octavo.pipeline.image",
+    "GenerateRequest": "octavo.pipeline.request",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'octavo' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
