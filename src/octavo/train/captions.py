@@ -1,0 +1,180 @@
+"""How people say what a picture shows: captions of scenes, and the words they are made of.
+
+Every scene can be worded in thousands of ways, short ("red star on blue") and long. Some orders of the parts, such as
+the background first, are used only with `unseen=True`: they ask a trained model for wordings that it was never shown.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from octavo.train.scenes import MORE_COLOURS, MORE_SHAPES, Scene, Thing
+
+LONGEST = 18  # words; with a start and an end token a caption fills at most 20 positions
+
+_SHAPE_WORDS: Mapping[str, Sequence[str]] = MappingProxyType(
+    {
+        "circle": ("circle", "circle", "circle", "disc", "dot", "ball"),
+        "square": ("square", "square", "square", "box"),
+        "diamond": ("diamond", "diamond", "diamond", "rhombus"),
+        "cross": ("cross", "cross", "plus"),
+        "ring": ("ring", "ring", "ring", "donut"),
+        "moon": ("moon", "moon", "crescent"),
+    }
+)
+_COLOUR_WORDS: Mapping[str, Sequence[str]] = MappingProxyType(
+    {"gray": ("gray", "grey"), "purple": ("purple", "purple", "violet"), "cyan": ("cyan", "turquoise")}
+)
+_SIZE_WORDS = MappingProxyType({"large": ("large", "large", "big", "huge"), "small": ("small", "small", "little", "tiny")})
+_OPENINGS = (
+    "a picture of", "an image of", "a drawing of", "a photo of", "a painting of", "picture of", "drawing of", "draw",
+    "there is", "an icon of", "show", "a simple drawing of",
+)  # fmt: skip
+_ADJECTIVES = ("simple", "flat", "nice", "pretty", "beautiful", "bright", "plain", "single", "cute", "cool", "shiny", "perfect")
+_PLURALS = MappingProxyType({"cross": "crosses", "plus": "pluses", "box": "boxes", "rhombus": "rhombuses"})
+_NUMBERS = MappingProxyType({2: ("two", "2", "a pair of"), 3: ("three", "3"), 4: ("four", "4")})
+_UNKNOWN = "unfamiliar"  # a word outside the vocabulary: the model learns to pass over such
+
+
+def words() -> list[str]:
+    """The vocabulary: every word that a caption can hold, sorted."""
+    shapes = [word for shape in MORE_SHAPES for word in _SHAPE_WORDS.get(shape, (shape,))]
+    colours = [word for colour in MORE_COLOURS for word in _COLOUR_WORDS.get(colour, (colour,))]
+    phrases = [
+        *shapes, *(_plural(word) for word in shapes), *colours, *_ADJECTIVES, *_OPENINGS,
+        *(word for size in _SIZE_WORDS.values() for word in size), *(n for options in _NUMBERS.values() for n in options),
+        "a an the one in on at of to from with and is that it its against over under near next beside by",
+        "left right top bottom upper lower center centre middle corner side background gradient above below beneath",
+        "word text letters writing says saying written reads",
+    ]  # fmt: skip
+    return sorted({word for phrase in phrases for word in phrase.split()})
+
+
+def caption(scene: Scene, rng: random.Random, *, unseen: bool = False) -> str:
+    """One way of saying what `scene` shows, in at most `LONGEST` words.
+
+    Args:
+        scene: what to say; what it marks as unsaid is left out.
+        rng: source of chance.
+        unseen: word it in an order that is never used in training.
+    """
+    while True:
+        text = " ".join(_caption(scene, rng, unseen=unseen).split())
+        if not unseen and rng.random() < 0.04:
+            parts = text.split()
+            parts.insert(rng.randrange(len(parts) + 1), _UNKNOWN)
+            text = " ".join(parts)
+        if len(text.split()) <= LONGEST:
+            return text
+
+
+def _caption(scene: Scene, rng: random.Random, *, unseen: bool) -> str:
+    background = _background(scene, rng) if scene.says_background else ""
+    what = _what(scene, rng)
+    place = _place(scene.place, rng) if scene.place else ""
+    if unseen:
+        orders = [f"{what} {place}"]
+        if background:
+            colour = _colour(scene.background, rng)
+            first = f"on a gradient from {colour} to {scene.background_end}" if scene.background_end else background
+            orders = [f"{first} {what} {place}"]
+            if not scene.background_end:
+                orders.append(f"{what} {place} and the background is {colour}")
+        if place:
+            orders.append(f"{place} {what} {background}")
+        return rng.choice(orders)
+    opening = rng.choice(_OPENINGS) if rng.random() < 0.25 else ""
+    if background and scene.background_end is None and rng.random() < 0.1:
+        return f"{opening} {_article(_colour(scene.background, rng), rng)} background with {what} {place}"
+    if place and rng.random() < 0.25:
+        return f"{opening} {what} {background} {place}"
+    return f"{opening} {what} {place} {background}"
+
+
+def _what(scene: Scene, rng: random.Random) -> str:
+    thing = scene.things[0]
+    if scene.kind == "several":
+        number = rng.choice(_NUMBERS[len(scene.things)])
+        return f"{number} {_colour(thing.colour, rng)} {_plural(_shape(thing.shape, rng))}"
+    if scene.kind == "pair" and scene.relation:
+        return _pair(scene.things[0], scene.things[1], scene.relation, rng)
+    return _thing(thing, rng, size=scene.size, says_colour=scene.says_colour)
+
+
+def _thing(thing: Thing, rng: random.Random, *, size: str | None = None, says_colour: bool = True) -> str:
+    shape = _shape(thing.shape, rng)
+    colour = _colour(thing.colour, rng) if says_colour else ""
+    adjective = rng.choice(_ADJECTIVES) if rng.random() < 0.05 else ""
+    before = f"{adjective} {rng.choice(_SIZE_WORDS[size]) if size else ''}"
+    if colour and rng.random() < 0.05:
+        return _article(f"{before} {shape} {rng.choice(['in', 'that is'])} {colour}", rng)
+    return _article(f"{before} {colour} {shape}", rng)
+
+
+def _pair(first: Thing, second: Thing, relation: str, rng: random.Random) -> str:
+    a, b = _thing(first, rng), _thing(second, rng)
+    match relation:
+        case "left of":
+            link = rng.choice(["left of", "to the left of", "on the left of", "left of", "next to", "beside", "and", "and"])
+            if rng.random() < 0.1:
+                return f"{a} on the left and {b} on the right"
+        case "right of":
+            link = rng.choice(["right of", "to the right of", "on the right of"])
+            if rng.random() < 0.1:
+                return f"{a} on the right and {b} on the left"
+        case "above":
+            link = rng.choice(["above", "above", "over", "on top of"])
+            if rng.random() < 0.1:
+                return f"{a} at the top and {b} at the bottom"
+        case _:
+            link = rng.choice(["below", "below", "under", "beneath"])
+            if rng.random() < 0.1:
+                return f"{a} at the bottom and {b} at the top"
+    return f"{a} {link} {b}"
+
+
+def _background(scene: Scene, rng: random.Random) -> str:
+    colour = _colour(scene.background, rng)
+    if scene.background_end:
+        end = _colour(scene.background_end, rng)
+        return rng.choice([f"on a {colour} to {end} gradient", f"on a gradient from {colour} to {end}"])
+    backed = _article(f"{colour} background", rng)
+    return rng.choice(
+        [f"on {backed}", f"on {backed}", f"on {colour}", f"against {backed}", f"with {backed}", f"{colour} background"]
+    )
+
+
+def _place(place: str, rng: random.Random) -> str:
+    if place == "center":
+        return f"{rng.choice(['in', 'in', 'at'])} the {rng.choice(['center', 'middle', 'centre'])}"
+    if " " in place:
+        down, across = place.split()
+        if rng.random() < 0.3:
+            down = {"top": "upper", "bottom": "lower"}[down]
+        corner = rng.choice(["", "corner"])
+        return f"{rng.choice(['in', 'at', 'in'])} the {down} {across} {corner}"
+    if place in ("left", "right"):
+        return f"{rng.choice(['on', 'on', 'at', 'to'])} the {place} {rng.choice(['', '', 'side'])}"
+    return f"{rng.choice(['at', 'at', 'near', 'on'])} the {place}"
+
+
+def _article(phrase: str, rng: random.Random) -> str:
+    phrase = " ".join(phrase.split())
+    article = rng.choices(["a", "the", "one", ""], [0.78, 0.06, 0.03, 0.13])[0]
+    if article == "a" and phrase[0] in "aeiou":
+        article = "an"
+    return f"{article} {phrase}".strip()
+
+
+def _shape(shape: str, rng: random.Random) -> str:
+    return rng.choice(_SHAPE_WORDS.get(shape, (shape,)))
+
+
+def _colour(colour: str, rng: random.Random) -> str:
+    return rng.choice(_COLOUR_WORDS.get(colour, (colour,)))
+
+
+def _plural(word: str) -> str:
+    return _PLURALS.get(word, f"{word}s")
