@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -57,12 +57,14 @@ def test_a_word_that_no_text_could_reach_is_refused(word: str) -> None:
         word_level_tokenizer([word])
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="abAB ,.2", max_size=60))
 def test_the_saved_file_reads_as_the_tokenizer_that_wrote_it(text: str) -> None:
     tokenizer = word_level_tokenizer(["a", "ab", "b", ",", "2"], letters=True)
     assert Tokenizer.from_str(tokenizer.to_str()).encode(text).ids == tokenizer.encode(text).ids
 
 
+@settings(deadline=None)
 @given(st.text(alphabet=st.sampled_from("abcABC"), min_size=1, max_size=12))
 def test_letters_are_exactly_the_words_of_two_or_more_capitals(word: str) -> None:
     tokens = content(word_level_tokenizer([], letters=True), word)

@@ -17,6 +17,7 @@ from functools import cache
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer
 from tokenizers.models import BPE, Unigram
@@ -29,10 +30,13 @@ from tokenizers.processors import TemplateProcessing
 from octavo.errors import CorruptFileError, ModelNotFoundError, UnsupportedFormatError
 
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+T5_END = 1  # id of "</s>"
 CLIP_MERGES = 49152 - 256 - 2  # of the 262,144 in the file
 
 # Words, single digits and runs of signs, with English contractions split off; Radford et al. 2021's own rule.
 _CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+
+_RARE = "q\u0378"  # a letter, and a code point that means nothing: every model can tell whether it copes
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +80,14 @@ def clip_vocabulary() -> Vocabulary:
     characters = _characters_of_bytes()
     pieces = [*characters, *(character + "</w>" for character in characters), *("".join(pair) for pair in merges)]
     ids = {piece: index for index, piece in enumerate([*pieces, CLIP_START, CLIP_END])}
-    return _vocabulary(_clip_tokenizer(ids, merges), "the built-in CLIP vocabulary")
+    return _vocabulary(_clip_tokenizer(ids, merges), (ids[CLIP_START], ids[CLIP_END]))
 
 
 @cache
 def t5_vocabulary() -> Vocabulary:
     """T5 v1.1's 32,100 pieces. Source: Raffel et al. 2020 (arXiv 1910.10683)."""
     packed = files("octavo.text").joinpath("vocab/t5_tokenizer.json.gz").read_bytes()
-    return _vocabulary(Tokenizer.from_buffer(gzip.decompress(packed)), "the built-in T5 vocabulary")
+    return _vocabulary(Tokenizer.from_buffer(gzip.decompress(packed)), (T5_END,))
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
@@ -115,38 +119,56 @@ def read_vocabulary(path: Path) -> Vocabulary:
 
 def _read_json(path: Path) -> Vocabulary:
     try:
-        tokenizer = Tokenizer.from_buffer(path.read_bytes())
+        text = path.read_text(encoding="utf-8")
+        around = _tokens_around(json.loads(text)["post_processor"])
+        return _vocabulary(Tokenizer.from_str(text), around)
     except Exception as broken:  # the library raises bare Exception for whatever is wrong with a file
-        raise CorruptFileError(f"{path} is not a tokenizer.json of the `tokenizers` library: {broken}") from broken
-    return _vocabulary(tokenizer, str(path))
+        raise CorruptFileError(
+            f"{path} is not a vocabulary of the `tokenizers` library that puts an end token after a text, as T5's, or "
+            f"a start and an end around it, as CLIP's ({type(broken).__name__}: {broken}). Save it anew, or remove it."
+        ) from broken
 
 
 def _read_pairs(folder: Path) -> Vocabulary:
     try:
         ids = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
         with (folder / "merges.txt").open(encoding="utf-8") as lines:
-            tokenizer = _clip_tokenizer(ids, _merges(lines))
-    except Exception as broken:  # as above: unlike faults, all of them the file's
-        raise CorruptFileError(f"{folder} does not hold CLIP's vocab.json and merges.txt: {broken}") from broken
-    return _vocabulary(tokenizer, str(folder))
+            return _vocabulary(_clip_tokenizer(ids, _merges(lines)), (ids[CLIP_START], ids[CLIP_END]))
+    except Exception as broken:  # as above
+        raise CorruptFileError(
+            f"vocab.json and merges.txt in {folder} are not a CLIP vocabulary ({type(broken).__name__}: {broken}). "
+            f"Fetch them anew, or remove them."
+        ) from broken
 
 
-def _vocabulary(tokenizer: Tokenizer, source: str) -> Vocabulary:
-    """Find out what the encoder wants around a text: what the tokenizer itself puts around an empty one."""
+def _tokens_around(post_processor: Any) -> tuple[int, ...]:
+    """The ids that a post-processor, as JSON, puts before and after a text; the last is the end token.
+
+    Read from the JSON, because a faulty template makes the library abort instead of raising.
+    """
+    match post_processor:
+        case {"type": "RobertaProcessing" | "BertProcessing", "cls": [_, int(start)], "sep": [_, int(end)]}:
+            return start, end
+        case {"type": "TemplateProcessing", "single": [*pieces], "special_tokens": special}:
+            names = [piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece]
+            return tuple(index for name in names for index in special[name]["ids"])
+        case {"type": "Sequence", "processors": [*_, last]}:
+            return _tokens_around(last)
+    raise ValueError("no post-processor that adds tokens")
+
+
+def _vocabulary(tokenizer: Tokenizer, around: tuple[int, ...]) -> Vocabulary:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if isinstance(tokenizer.model, Unigram):
         # White space at the end of a text must not become a piece of its own; sentencepiece trims it, too.
         given = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
         tokenizer.normalizer = NormalizerSequence([*given, Strip(left=False, right=True)])
-    around = tokenizer.encode("").ids
-    if not 1 <= len(around) <= 2:
-        raise CorruptFileError(
-            f"{source} puts {len(around)} tokens around a text; expected an end token (T5), or a start and an end "
-            f"(CLIP). Save it with a post-processor that adds them."
-        )
+    tokenizer.encode(_RARE, add_special_tokens=False)  # fails now rather than later if there is no unknown token
+    if not 1 <= len(around) <= 2 or any(tokenizer.id_to_token(index) is None for index in around):
+        raise ValueError(f"tokens around a text: {around}")
     unknown = tokenizer.token_to_id(getattr(tokenizer.model, "unk_token", None) or "<unk>")
-    return Vocabulary(tokenizer, tuple(around[:-1]), around[-1], None if unknown == around[-1] else unknown)
+    return Vocabulary(tokenizer, around[:-1], around[-1], None if unknown == around[-1] else unknown)
 
 
 def _clip_tokenizer(ids: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
