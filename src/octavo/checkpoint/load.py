@@ -1,0 +1,117 @@
+"""A file into a model, streamed tensor by tensor into its final dtype and place.
+
+    with open_source(path) as source:
+        plan = plan_part(source.require("mmdit"))     # headers only; every check but that of the values
+        model = load_part(plan, device, dtype)        # the only step that reads weights
+
+Peak memory is the model plus one small buffer. FP8 matrices of linear layers stay FP8, everything else takes the
+compute dtype. `load_mmdit` and its like do both steps at once.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from octavo.checkpoint.kinds import Kind
+from octavo.checkpoint.plan import Origin, Plan, Slab, plan_part
+from octavo.checkpoint.source import open_source
+from octavo.checkpoint.tensors import TensorFile
+from octavo.fp8 import Fp8Linear
+from octavo.models import VAE, ClipTextEncoder, MMDiT, T5Encoder
+
+Device = torch.device | str
+Loaded = TypeVar("Loaded", bound=nn.Module)
+
+
+def load_mmdit(path: Path | str, *, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> MMDiT:
+    """The diffusion model at `path`: a single file, an all-in-one file, an index of shards or a diffusers folder.
+
+    Args:
+        path: of the file or folder; names in a models tree are resolved by `folders`.
+        device: where the weights go.
+        dtype: of everything but FP8 matrices.
+
+    Raises:
+        ModelNotFoundError: nothing is there.
+        CheckpointError: the file is damaged, of another kind, or of a format that is not read.
+    """
+    return _load(path, ("mmdit",), MMDiT, device, dtype)
+
+
+def load_clip(
+    path: Path | str,
+    which: Literal["clip_l", "clip_g"] | None = None,
+    *,
+    device: Device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> ClipTextEncoder:
+    """CLIP-L or CLIP-G from `path`, the first that is there if `which` is not given; otherwise as `load_mmdit`."""
+    return _load(path, (which,) if which else ("clip_l", "clip_g"), ClipTextEncoder, device, dtype)
+
+
+def load_t5(path: Path | str, *, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> T5Encoder:
+    """The T5 encoder at `path`, as `load_mmdit`."""
+    return _load(path, ("t5",), T5Encoder, device, dtype)
+
+
+def load_vae(path: Path | str, *, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> VAE:
+    """The VAE at `path`, as `load_mmdit`."""
+    return _load(path, ("vae",), VAE, device, dtype)
+
+
+def _load(path: Path | str, kinds: Sequence[Kind], model: type[Loaded], device: Device, dtype: torch.dtype) -> Loaded:
+    with open_source(Path(path)) as source:
+        loaded = load_part(plan_part(source.require(*kinds)), device, dtype)
+    assert isinstance(loaded, model)
+    return loaded
+
+
+def load_part(plan: Plan, device: Device, dtype: torch.dtype) -> nn.Module:
+    """Follow `plan`: its model leaves the meta device and is ready for inference.
+
+    Args:
+        plan: used up; a second model needs a second plan.
+        device: where the weights go.
+        dtype: of everything but FP8 matrices.
+
+    Raises:
+        CorruptFileError: a weight is NaN or infinite, or the file has shrunk since its header was read.
+    """
+    file, model = plan.located.file, plan.model
+    for origin in plan.origins:
+        module = model.get_submodule(origin.module)
+        if isinstance(module, Fp8Linear) and origin.stays_fp8:
+            module.q = _stack(file, origin, torch.empty(module.q.shape, dtype=module.q.dtype, device=device))
+            module.scale = origin.scale.to(device)
+            module.input_scale = None if origin.input_scale is None else origin.input_scale.to(device)
+        else:
+            name = origin.ours.rpartition(".")[2]
+            weight = _stack(file, origin, torch.empty(getattr(module, name).shape, dtype=dtype, device=device))
+            setattr(module, name, nn.Parameter(weight, requires_grad=False))
+    assert not any(tensor.is_meta for tensor in model.state_dict().values()), "the plan left weights out"
+    return model.eval()
+
+
+def _stack(file: TensorFile, origin: Origin, out: Tensor) -> Tensor:
+    """Fill `out` with the slabs of `origin`; into FP8 go the codes, into other dtypes the values."""
+    row = 0
+    for slab in origin.slabs:
+        place = out[row : row + slab.rows]
+        row += slab.rows
+        plain = origin.stays_fp8 or (slab.scale.ndim == 0 and slab.scale == 1)
+        if plain and not slab.transposed:
+            file.read_into(slab.entry.name, place, rows=(slab.start, slab.stop))
+        else:
+            place.copy_(_values(file, slab).view_as(place))
+    return out
+
+
+def _values(file: TensorFile, slab: Slab) -> Tensor:
+    """The slab in float32 on the CPU, dequantized and the right way round; for the few that cannot be read in place."""
+    whole = torch.empty(slab.entry.shape)
+    file.read_into(slab.entry.name, whole)
+    values = (whole.t() if slab.transposed else whole)[slab.start : slab.stop]
+    return (values * slab.scale.reshape(-1, *[1] * (values.ndim - 1))).contiguous()

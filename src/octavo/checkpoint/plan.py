@@ -1,0 +1,217 @@
+"""How a part of a file becomes a model: settled from headers and scales alone, before any weight is read.
+
+A plan holds the model on the meta device, its FP8 layers in their places, and for each of its tensors where that comes
+from. Making it finds everything that can be wrong with a file but its values; `load` follows it, `describe` reports it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from octavo.checkpoint.detect import Config, detect
+from octavo.checkpoint.header import Entry
+from octavo.checkpoint.kinds import TITLES, Kind
+from octavo.checkpoint.layout import Names, Piece
+from octavo.checkpoint.scales import FP8_DTYPES, ScaleRules, WeightRule
+from octavo.checkpoint.source import Located
+from octavo.checkpoint.tensors import torch_dtype
+from octavo.errors import CorruptFileError, UnsupportedFormatError, WrongModelError
+from octavo.fp8 import FORMATS, LinearSpec
+from octavo.models import VAE, ClipTextEncoder, MMDiT, T5Encoder
+from octavo.quantize import convert
+
+READABLE = frozenset({"F16", "BF16", "F32", "F64", *FP8_DTYPES})
+MODELS: Mapping[Kind, Callable[[Any], nn.Module]] = {
+    "mmdit": MMDiT,
+    "clip_l": ClipTextEncoder,
+    "clip_g": ClipTextEncoder,
+    "t5": T5Encoder,
+    "vae": VAE,
+}
+SHOWN = 3  # names in a message about many
+
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """Some rows of a tensor in a file."""
+
+    entry: Entry
+    start: int
+    stop: int
+    transposed: bool  # the file has it as [in, out]
+    rule: WeightRule | None  # of an FP8 tensor
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def scale(self) -> Tensor:
+        """[] or [rows, 1] float32."""
+        if self.rule is None or self.rule.scale is None:
+            return torch.ones(())
+        return self.rule.scale if self.rule.scale.ndim == 0 else self.rule.scale[self.start : self.stop]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a tensor of the model comes from: slabs, one upon the other."""
+
+    ours: str
+    slabs: tuple[Slab, ...]
+    stays_fp8: bool
+
+    @property
+    def module(self) -> str:
+        return self.ours.rpartition(".")[0]
+
+    @property
+    def scale(self) -> Tensor:
+        """Of the whole: one number, shape [], where all slabs agree on one, else one for each row, [rows, 1]."""
+        scales = [slab.scale for slab in self.slabs]
+        if all(scale.ndim == 0 and scale == scales[0] for scale in scales):
+            return scales[0]
+        return torch.cat([slab.scale.expand(slab.rows, 1) for slab in self.slabs])
+
+    @property
+    def input_scale(self) -> Tensor | None:
+        """Of the whole, shape []; None unless every slab has one."""
+        scales = [slab.rule.input_scale for slab in self.slabs if slab.rule and slab.rule.input_scale is not None]
+        # Queries, keys and values share an input; where they were calibrated apart, the largest keeps all in range.
+        return torch.stack(scales).amax() if len(scales) == len(self.slabs) else None
+
+    @property
+    def spec(self) -> LinearSpec:
+        """How the layer that this is the FP8 matrix of keeps it."""
+        return LinearSpec(
+            format=FORMATS[torch_dtype(self.slabs[0].entry)],
+            granularity="row" if self.scale.ndim else "tensor",
+            input_scale=self.input_scale is not None,
+            full_precision=any(slab.rule is not None and slab.rule.full_precision for slab in self.slabs),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How one part becomes a model.
+
+    Attributes:
+        located: the part and its file.
+        config: the model's configuration.
+        model: on the meta device, FP8 layers in their places.
+        origins: one for each of its weights, in the order of the file.
+        linears: names of all its linear layers, FP8 or not.
+        fp8_form: the FP8 form in words; None without FP8.
+    """
+
+    located: Located
+    config: Config
+    model: nn.Module
+    origins: tuple[Origin, ...]
+    linears: tuple[str, ...]
+    fp8_form: str | None
+
+    @property
+    def fp8_linears(self) -> tuple[str, ...]:
+        """Names of the layers that stay FP8 in memory."""
+        return tuple(origin.module for origin in self.origins if origin.stays_fp8)
+
+
+def plan_part(located: Located) -> Plan:
+    """How the part becomes a model.
+
+    Raises:
+        CorruptFileError: tensors are missing, of shapes that do not fit together, or FP8 without a scale.
+        WrongModelError: tensors are there that the model has no place for.
+        UnsupportedFormatError: a number format that is not read.
+    """
+    part = located.part
+    rules = ScaleRules(located.file, part)
+    names = Names(part)
+    config = detect(located.file, names)
+    with torch.device("meta"):
+        model = MODELS[part.kind](config)
+    linears = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    matrices = {f"{name}.weight" for name in linears}
+
+    state = model.state_dict()
+    pieces = {ours: names.pieces(ours) for ours in state}
+    used = frozenset(piece.name for several in pieces.values() for piece in several)
+    _refuse_missing(located, used)
+    _refuse_surplus(located, names.surplus(used | rules.auxiliary))
+    origins = [
+        _origin(located, rules, ours, pieces[ours], tensor, linear=ours in matrices) for ours, tensor in state.items()
+    ]
+    convert(model, {origin.module: origin.spec for origin in origins if origin.stays_fp8})
+    return Plan(located, config, model, tuple(sorted(origins, key=_place)), linears, rules.form)
+
+
+def _origin(
+    located: Located, rules: ScaleRules, ours: str, pieces: tuple[Piece, ...], tensor: Tensor, *, linear: bool
+) -> Origin:
+    slabs = []
+    for piece in pieces:
+        entry = located.file.entries[piece.name]
+        if entry.dtype not in READABLE:
+            raise UnsupportedFormatError(
+                f"'{entry.file}' keeps '{entry.name}' as {entry.dtype}, where Octavo reads "
+                f"{', '.join(sorted(READABLE))}. Use a 16-bit or FP8 version of the model."
+            )
+        shape = entry.shape[::-1] if piece.transposed else entry.shape
+        # diffusers keeps the 1×1 convolutions of a VAE's attention as linears.
+        if not shape or _without_ones(shape[1:]) != _without_ones(tuple(tensor.shape[1:])):
+            _refuse_shape(entry, tensor)
+        rule = rules.rule(piece.name, linear=linear) if entry.dtype in FP8_DTYPES else None
+        half = shape[0] // 2
+        start, stop = (0, shape[0]) if piece.half is None else (piece.half * half, (piece.half + 1) * half)
+        slabs.append(Slab(entry, start, stop, piece.transposed, rule))
+    if sum(slab.rows for slab in slabs) != tensor.shape[0]:
+        _refuse_shape(slabs[0].entry, tensor)
+    dtypes = {slab.entry.dtype for slab in slabs}
+    stays_fp8 = linear and len(dtypes) == 1 and dtypes <= FP8_DTYPES and not any(slab.transposed for slab in slabs)
+    return Origin(ours, tuple(slabs), stays_fp8)
+
+
+def _refuse_missing(located: Located, needed: frozenset[str]) -> None:
+    missing = sorted(needed - located.part.names)
+    if missing:
+        raise CorruptFileError(
+            f"'{located.file.path}' lacks {len(missing)} of the {len(needed)} tensors of its "
+            f"{TITLES[located.part.kind]}: {_some(missing)}. Download the file again, or use another version of it."
+        )
+
+
+def _refuse_surplus(located: Located, surplus: Sequence[str]) -> None:
+    if surplus:
+        raise WrongModelError(
+            f"'{located.file.path}' looks like SD3's {TITLES[located.part.kind]}, but has {len(surplus)} tensors that "
+            f"it has no place for: {_some(surplus)}. It is of another model; use the file that belongs to SD3 or SD3.5."
+        )
+
+
+def _refuse_shape(entry: Entry, tensor: Tensor) -> NoReturn:
+    raise CorruptFileError(
+        f"'{entry.file}' has '{entry.name}' of shape {list(entry.shape)}, which does not fit the rest of the model: "
+        f"what is made of it must have shape {list(tensor.shape)}. The file is damaged or mixes two models: "
+        "download it again, or use another version of it."
+    )
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    while shape and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def _place(origin: Origin) -> tuple[Path, int]:
+    entry = origin.slabs[0].entry
+    return entry.file, entry.start
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:SHOWN])
+    return shown + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
