@@ -63,7 +63,8 @@ class Vocabulary:
             return []
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         spans = [span for index, span in zip(encoding.ids, encoding.offsets, strict=True) if index == self.unknown]
-        return list(dict.fromkeys(text[begin:end].strip() for begin, end in spans))
+        words = dict.fromkeys(text[begin:end].strip() for begin, end in spans)
+        return [word for word in words if word]
 
 
 @cache

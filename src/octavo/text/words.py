@@ -1,8 +1,8 @@
 """Vocabularies of whole words, for small models trained on captions that a program writes.
 
 A released encoder cuts any text into pieces it knows. A small one cannot afford that: it knows a few hundred words, one
-token each, and is told so (`unknown_words`). The vocabulary is an ordinary `tokenizers` file, read by the same wrappers
-as the released ones (`tokenizers.py` beside this page).
+token each, and `Tokenizers.unknown_words` tells which words of a prompt are not among them. The vocabulary is an
+ordinary file of the `tokenizers` library; `vocabulary.read_vocabulary` reads it as it reads the released ones.
 """
 
 import string
@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 
 from octavo.errors import RequestError
 
-LONGEST_CAPITALS = 40  # letters; bounds the look-around below, whose cost grows with its square
+LONGEST_CAPITALS = 40  # letters; bounds the look-around of the rules below, whose cost grows with its reach
 
 
 def word_level_tokenizer(
