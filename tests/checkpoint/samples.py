@@ -1,0 +1,164 @@
+"""Checkpoints for tests: the recorded tiny models, in other layouts by the rules of golden/diffusers/README too."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from octavo.checkpoint.save import save_safetensors
+from tests.goldens import golden
+
+MMDIT_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
+ENCODERS = {"clip_l": "clip_l_tiny", "clip_g": "clip_g_tiny", "t5xxl": "t5_tiny"}
+
+
+def tiny(name: str, prefix: str = "") -> dict[str, Tensor]:
+    """The recorded weights golden/diffusers/`name`, their prefix taken off."""
+    tensors = load_file(golden(f"diffusers/{name}.safetensors"))
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+
+
+def tiny_mmdit(name: str = "transformer_medium_tiny") -> dict[str, Tensor]:
+    return tiny(name, MMDIT_PREFIX)
+
+
+def tiny_vae() -> dict[str, Tensor]:
+    return tiny("vae_tiny_single_file", VAE_PREFIX)
+
+
+def all_in_one() -> dict[str, Tensor]:
+    """What sd3.5_medium_incl_clips_t5xxl holds, tiny, with the buffers that such files carry along."""
+    tensors = {MMDIT_PREFIX + key: tensor for key, tensor in tiny_mmdit().items()}
+    tensors |= {VAE_PREFIX + key: tensor for key, tensor in tiny_vae().items()}
+    for encoder, name in ENCODERS.items():
+        tensors |= {f"text_encoders.{encoder}.transformer.{key}": tensor for key, tensor in tiny(name).items()}
+    tensors["text_encoders.clip_l.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    tensors["text_encoders.clip_l.logit_scale"] = torch.tensor(4.6)
+    tensors["text_encoders.t5xxl.transformer.encoder.embed_tokens.weight"] = torch.zeros(300, 64, dtype=torch.float16)
+    tensors["text_encoders.t5xxl.transformer.spiece_model"] = torch.zeros(5, dtype=torch.uint8)
+    return tensors
+
+
+def mmdit_in_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Single-file weights of an MMDiT in diffusers' layout."""
+    depth = len({key.split(".")[1] for key in tensors if key.startswith("joint_blocks.")})
+    top = {
+        "x_embedder.proj": "pos_embed.proj",
+        "context_embedder": "context_embedder",
+        "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+        "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+        "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+        "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+        "final_layer.linear": "proj_out",
+        "final_layer.adaLN_modulation.1": "norm_out.linear",
+    }
+    single = {
+        ("x_block", "attn.proj"): "attn.to_out.0", ("context_block", "attn.proj"): "attn.to_add_out",
+        ("x_block", "attn.ln_q"): "attn.norm_q", ("context_block", "attn.ln_q"): "attn.norm_added_q",
+        ("x_block", "attn.ln_k"): "attn.norm_k", ("context_block", "attn.ln_k"): "attn.norm_added_k",
+        ("x_block", "attn2.proj"): "attn2.to_out.0", ("x_block", "attn2.ln_q"): "attn2.norm_q",
+        ("x_block", "attn2.ln_k"): "attn2.norm_k",
+        ("x_block", "mlp.fc1"): "ff.net.0.proj", ("context_block", "mlp.fc1"): "ff_context.net.0.proj",
+        ("x_block", "mlp.fc2"): "ff.net.2", ("context_block", "mlp.fc2"): "ff_context.net.2",
+        ("x_block", "adaLN_modulation.1"): "norm1.linear",
+        ("context_block", "adaLN_modulation.1"): "norm1_context.linear",
+    }  # fmt: skip
+    split = {
+        ("x_block", "attn.qkv"): ("attn.to_q", "attn.to_k", "attn.to_v"),
+        ("x_block", "attn2.qkv"): ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+        ("context_block", "attn.qkv"): ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    }
+    out: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if key == "pos_embed":
+            out["pos_embed.pos_embed"] = tensor
+            continue
+        module, _, ending = key.rpartition(".")
+        if not key.startswith("joint_blocks."):
+            swapped = module == "final_layer.adaLN_modulation.1"
+            out[f"{top[module]}.{ending}"] = torch.cat(tensor.chunk(2)[::-1]) if swapped else tensor
+            continue
+        _, number, stream, inner = module.split(".", 3)
+        block = f"transformer_blocks.{number}"
+        if (stream, inner) in split:
+            for name, third in zip(split[stream, inner], tensor.chunk(3), strict=True):
+                out[f"{block}.{name}.{ending}"] = third
+            continue
+        last_context = (stream, inner) == ("context_block", "adaLN_modulation.1") and int(number) == depth - 1
+        out[f"{block}.{single[stream, inner]}.{ending}"] = torch.cat(tensor.chunk(2)[::-1]) if last_context else tensor
+    return out
+
+
+def vae_in_diffusers(tensors: dict[str, Tensor], *, old: bool = False) -> dict[str, Tensor]:
+    """Single-file weights of a four-level VAE in AutoencoderKL's layout; `old` as before diffusers 0.17."""
+    attention = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+    if old:
+        attention |= {"q": "query", "k": "key", "v": "value", "proj_out": "proj_attn"}
+    resnet = {"nin_shortcut": "conv_shortcut"}
+    out: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        half, *path, ending = key.split(".")
+        match path:
+            case ["mid", "attn_1", name]:
+                path = ["mid_block", "attentions", "0", attention[name]]
+                tensor = tensor.flatten(1) if tensor.ndim == 4 else tensor
+            case ["mid", block, name]:
+                path = ["mid_block", "resnets", str(int(block[-1]) - 1), name]
+            case ["down", level, "block", number, name]:
+                path = ["down_blocks", level, "resnets", number, resnet.get(name, name)]
+            case ["down", level, "downsample", "conv"]:
+                path = ["down_blocks", level, "downsamplers", "0", "conv"]
+            case ["up", level, "block", number, name]:
+                path = ["up_blocks", str(3 - int(level)), "resnets", number, resnet.get(name, name)]
+            case ["up", level, "upsample", "conv"]:
+                path = ["up_blocks", str(3 - int(level)), "upsamplers", "0", "conv"]
+            case ["norm_out"]:
+                path = ["conv_norm_out"]
+        out[".".join([half, *path, ending])] = tensor.contiguous()
+    return out
+
+
+def write_shards(folder: Path, stem: str, tensors: dict[str, Tensor], count: int) -> Path:
+    """`tensors` over so many shards with their index, as diffusers and transformers save large models."""
+    names = sorted(tensors)
+    weight_map = {}
+    for i in range(count):
+        shard = f"{stem}-{i + 1:05}-of-{count:05}.safetensors"
+        mine = names[i::count]
+        save_safetensors(folder / shard, {name: tensors[name] for name in mine})
+        weight_map |= dict.fromkeys(mine, shard)
+    index = folder / f"{stem}.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
+    return index
+
+
+def write_diffusers_folder(root: Path) -> Path:
+    """A whole model as `save_pretrained` leaves it, the transformer in three shards."""
+    write_shards(root / "transformer", "diffusion_pytorch_model", mmdit_in_diffusers(tiny_mmdit()), 3)
+    for folder, name in zip(("text_encoder", "text_encoder_2", "text_encoder_3"), ENCODERS.values(), strict=True):
+        save_safetensors(root / folder / "model.safetensors", tiny(name))
+        (root / folder / "config.json").write_text(golden(f"diffusers/{name}_config.json").read_text())
+    save_safetensors(root / "vae" / "diffusion_pytorch_model.safetensors", vae_in_diffusers(tiny_vae()))
+    (root / "vae" / "config.json").write_text(golden("diffusers/vae_tiny_config.json").read_text())
+    (root / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"}))
+    return root
+
+
+def write_hollow(path: Path, shapes: dict[str, tuple[int, ...]], metadata: dict[str, str] | None = None) -> Path:
+    """A bfloat16 file of full size whose data is a hole: only its header takes room on the disk."""
+    fields: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    position = 0
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        fields[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [position, position + size]}
+        position += size
+    text = json.dumps(fields).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + position)
+    return path
