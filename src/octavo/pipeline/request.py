@@ -1,0 +1,154 @@
+"""What may be asked for, checked once.
+
+A `GenerateRequest` holds what the user gave, `None` where nothing was given. `resolve` lays it over a model's preset
+and gives a `Job` without gaps, which is what the rest of the pipeline reads and what a picture carries.
+"""
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from octavo._version import __version__
+from octavo.checkpoint.presets import Preset
+from octavo.errors import RequestError
+from octavo.sampling import get_sampler, get_schedule
+from octavo.sampling.guidance import SkipLayerGuidance
+
+MAX_SEED = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """One prompt and how to draw it. `None` asks for what suits the model."""
+
+    prompt: str
+    negative_prompt: str = ""
+    width: int | None = None  # pixels
+    height: int | None = None  # pixels
+    steps: int | None = None
+    guidance_scale: float | None = None  # 1 means no guidance
+    sampler: str | None = None
+    schedule: str | None = None
+    shift: float | None = None  # of the schedule; 3 for the released models
+    seed: int | None = None  # of the first picture, the next ones count up; drawn when not given
+    batch: int = 1  # pictures
+    image: str | None = None  # path of a picture to start from
+    denoise: float = 1.0  # share of the schedule that is run; below 1 keeps some of `image`
+    skip_layer_guidance: SkipLayerGuidance | None = None  # scale 0 switches it off
+    guidance_rescale: float = 0.0  # how far guided predictions go back to the conditional one's contrast, 0 to 1
+    guidance_start: float = 0.0  # fraction of the steps before which there is no guidance
+    guidance_end: float = 1.0  # fraction of the steps after which there is no guidance
+    clip_skip: int = 2  # which of CLIP's last layers is read
+    model: str | None = None  # for the record: what drew it
+    version: str = __version__
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise RequestError("The prompt is empty; say what the picture should show.")
+        _check("steps", self.steps, 1, 1000)
+        _check("guidance_scale", self.guidance_scale, 0, 100)
+        _check("shift", self.shift, 0.01, 100)
+        _check("seed", self.seed, 0, MAX_SEED)
+        _check("batch", self.batch, 1, 10_000)
+        _check("denoise", self.denoise, 0, 1)
+        _check("guidance_rescale", self.guidance_rescale, 0, 1)
+        _check("clip_skip", self.clip_skip, 1, 32)
+        if not 0 <= self.guidance_start < self.guidance_end <= 1:
+            raise RequestError(
+                f"guidance from {self.guidance_start} to {self.guidance_end}: need 0 <= start < end <= 1."
+            )
+        for side in ("width", "height"):
+            pixels = getattr(self, side)
+            if pixels is not None and (pixels < 16 or pixels % 16):
+                near = max(16, round(pixels / 16) * 16)
+                raise RequestError(
+                    f"{side} {pixels} is not a positive multiple of 16, which the model needs; use {near}."
+                )
+        if self.image is None and self.denoise < 1:
+            raise RequestError(f"denoise {self.denoise} keeps part of a picture, but none is given; pass --image.")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Plain data for JSON, without what was not asked; `from_settings` reads it back."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> "GenerateRequest":
+        """The request that a picture carries.
+
+        Raises:
+            RequestError: a value of the wrong kind. Names that this version does not know are refused too, for a
+                picture repeated without them would be another picture.
+        """
+        values = dict(settings)
+        unknown = values.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise RequestError(
+                f"The settings ask for {', '.join(sorted(unknown))}, which this version of Octavo ({__version__}) does "
+                f"not know; they were written by version {values.get('version', 'unknown')}."
+            )
+        try:
+            guidance = values.get("skip_layer_guidance")
+            if guidance is not None:
+                values["skip_layer_guidance"] = SkipLayerGuidance(**{**guidance, "layers": tuple(guidance["layers"])})
+            return cls(**values)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise RequestError(f"The settings cannot be read: {error}.") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job(GenerateRequest):
+    """A request without gaps: every setting that a picture depends on has its value."""
+
+    width: int
+    height: int
+    steps: int
+    guidance_scale: float
+    sampler: str
+    schedule: str
+    shift: float
+    seed: int
+    model: str
+
+
+def resolve(request: GenerateRequest, preset: Preset, *, max_side: int) -> Job:
+    """The request with the model's own settings wherever nothing was asked.
+
+    Args:
+        request: as the user gave it.
+        preset: of the model.
+        max_side: longest side that the model's table of positions covers, in pixels.
+
+    Raises:
+        RequestError: an unknown sampler or schedule, or a size beyond the model.
+    """
+    filled = {
+        "width": request.width or preset.width,
+        "height": request.height or preset.height,
+        "steps": request.steps or preset.steps,
+        "guidance_scale": preset.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+        "sampler": get_sampler(request.sampler or preset.sampler).name,
+        "schedule": get_schedule(request.schedule or preset.schedule).__name__,
+        "shift": request.shift or preset.shift,
+        "seed": secrets.randbelow(2**32) if request.seed is None else request.seed,
+        "skip_layer_guidance": request.skip_layer_guidance or preset.skip_layer_guidance,
+        "model": preset.name,
+        "version": __version__,
+    }
+    job = Job(**{field.name: getattr(request, field.name) for field in fields(request)} | filled)
+    if max(job.width, job.height) > max_side:
+        raise RequestError(
+            f"{job.width}x{job.height} is too large: this model knows positions up to {max_side} pixels a side."
+        )
+    if job.seed + job.batch - 1 > MAX_SEED:
+        raise RequestError(f"seed {job.seed} leaves no room for {job.batch} pictures below 2^64.")
+    return job
+
+
+def _check(name: str, value: float | None, low: float, high: float) -> None:
+    """A number within bounds, both included; None passes. NaN fails every comparison and so is refused."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise RequestError(f"{name} {value!r} is out of range: from {low} to {high}.")
