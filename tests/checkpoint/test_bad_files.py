@@ -300,7 +300,7 @@ E4M3 = {"format": "float8_e4m3fn"}
             id="description lies",
         ),
         pytest.param(
-            {f"{LAYER}.comfy_quant": quant([])}, CorruptFileError, "not an object", id="description is a list"
+            {f"{LAYER}.comfy_quant": quant([])}, CorruptFileError, "without a number", id="description is a list"
         ),
         pytest.param({f"{LAYER}.comfy_quant": quant({})}, CorruptFileError, "without a number format", id="no format"),
         pytest.param(

@@ -87,6 +87,9 @@ def _mmdit(shapes: _Shapes) -> MMDiTConfig:
     names = shapes.names
     depth = shapes.blocks("joint_blocks" if names.part.style == "single-file" else "transformer_blocks")
     width, in_channels, patch_size, _ = shapes.of("x_embedder.proj.weight", 4)
+    velocities = shapes.of("final_layer.linear.weight", 2)[0]
+    if velocities % patch_size**2:
+        shapes.refuse(f"maps to {velocities} numbers a patch, which patches of {patch_size}x{patch_size} do not divide")
     qk_norm = names.has("joint_blocks.0.x_block.attn.ln_q.weight")
     head_width = shapes.of("joint_blocks.0.x_block.attn.ln_q.weight", 1)[0] if qk_norm else HEAD_WIDTH
     if width % head_width:
@@ -99,7 +102,7 @@ def _mmdit(shapes: _Shapes) -> MMDiTConfig:
         qk_norm=qk_norm,
         patch_size=patch_size,
         in_channels=in_channels,
-        out_channels=shapes.of("final_layer.linear.weight", 2)[0] // patch_size**2,
+        out_channels=velocities // patch_size**2,
         context_width=shapes.of("context_embedder.weight", 2)[1],
         pooled_width=shapes.of("y_embedder.mlp.0.weight", 2)[1],
         pos_embed_size=math.isqrt(shapes.of("pos_embed", 3)[1]),

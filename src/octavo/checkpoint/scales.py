@@ -186,9 +186,10 @@ def _header_layers(file: TensorFile, part: Part) -> dict[str, _Layer]:
     for header in file.headers:
         if METADATA_KEY in header.metadata:
             where = f"'{header.path}': {METADATA_KEY}"
-            layers = _json(header.metadata[METADATA_KEY], where).get("layers", {})
+            fields = _json(header.metadata[METADATA_KEY], where)
+            layers = fields.get("layers", {}) if isinstance(fields, dict) else None
             if not isinstance(layers, dict):
-                raise CorruptFileError(f"{where} has layers that are not an object. Make the file again.")
+                raise CorruptFileError(f"{where} is not an object with an object of layers. Make the file again.")
             described.update(layers)
     if not described:
         return {}
@@ -220,12 +221,9 @@ def _layer(file: TensorFile, name: str, description: object) -> _Layer:
 
 def _json(text: str | bytes, where: str) -> Any:
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{where} is not JSON ({error}). Make the file again.") from error
-    if not isinstance(value, dict | str):
-        raise CorruptFileError(f"{where} is a JSON {type(value).__name__}, not an object. Make the file again.")
-    return value
 
 
 def _without_prefix(name: str) -> str:
