@@ -1,4 +1,4 @@
-"""Safetensors headers, parsed and checked before a byte of data is believed.
+"""Safetensors headers, and indexes of shards, parsed and checked before a byte of data is believed.
 
 A file is: 8 bytes with the header's length (little endian) · the header, a JSON object in UTF-8 · the data. The header
 gives each tensor's dtype, shape and place in the data. Nothing here imports torch; the data is read in `tensors`.
@@ -16,6 +16,7 @@ from typing import NoReturn, TypeGuard
 
 from octavo.errors import CheckpointError, CorruptFileError, ModelNotFoundError, UnsupportedFormatError
 
+INDEX_SUFFIX = ".safetensors.index.json"
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the format's own bound
 MAX_RANK = 32
@@ -94,6 +95,51 @@ def read_header(path: Path) -> Header:
     except OSError as error:
         raise CheckpointError(f"'{path}' cannot be read: {error.strerror or error}.") from error
     return _parse(path, text, data_start=LENGTH_BYTES + length, data_bytes=size - LENGTH_BYTES - length)
+
+
+def read_headers(path: Path) -> tuple[Header, ...]:
+    """The headers of all files that `path` leads to: of itself, or of the shards if it is an index of them.
+
+    Raises:
+        ModelNotFoundError: there is no such file.
+        CheckpointError: it, or one of its shards, is damaged, missing or of a format that is not read.
+    """
+    if not path.name.endswith(INDEX_SUFFIX):
+        return (read_header(path),)
+    weight_map = _read_index(path)
+    headers = []
+    for shard in sorted(set(weight_map.values())):
+        if not (path.parent / shard).is_file():
+            raise CorruptFileError(f"'{path}' names the shard '{shard}', which is not beside it. Download it too.")
+        headers.append(read_header(path.parent / shard))
+    held = {header.path.name: header.entries for header in headers}
+    for name, shard in weight_map.items():
+        if name not in held[shard]:
+            raise CorruptFileError(f"'{path}' promises '{name}' in '{shard}', which has no such tensor. Download both.")
+    names = [name for header in headers for name in header.entries]
+    if len(set(names)) < len(names):
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise CorruptFileError(f"'{path}' leads to '{repeated}' in two shards. Download the shards again.")
+    return tuple(headers)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name to shard name, as the index at `path` has them."""
+    if not path.is_file():
+        raise ModelNotFoundError(f"There is no file '{path}'. Check the name.")
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"'{path}' cannot be read: {error.strerror or error}.") from error
+    try:
+        weight_map = json.loads(text)["weight_map"]
+        shards = [Path(shard) for shard in weight_map.values()]
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptFileError(f"'{path}' is not an index of shards ({error!r:.80}). Download it again.") from error
+    # A shard lies beside its index; a name that leads elsewhere is an attempt to read other files.
+    if not shards or any(shard.name != str(shard) or not shard.name for shard in shards):
+        raise CorruptFileError(f"'{path}' names no shards, or shards outside its own folder. Download it again.")
+    return {str(name): str(shard) for name, shard in weight_map.items()}
 
 
 def _parse(path: Path, text: bytes, *, data_start: int, data_bytes: int) -> Header:

@@ -6,16 +6,11 @@ Only headers are read. `load` goes on from here to weights, `describe` to words.
 from dataclasses import dataclass
 from pathlib import Path
 
+from octavo.checkpoint.folders import COMPONENTS, weights_in
 from octavo.checkpoint.header import PICKLE_REMEDY, PICKLE_SUFFIXES
 from octavo.checkpoint.kinds import TITLES, Kind, Part, find_parts, what_else
-from octavo.checkpoint.tensors import INDEX_SUFFIX, TensorFile, open_tensors
+from octavo.checkpoint.tensors import TensorFile, open_tensors
 from octavo.errors import ModelNotFoundError, UnsupportedFormatError, WrongModelError
-
-# Folders of a diffusers model, in the order in which parts are listed.
-COMPONENTS = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
-# What a component's weights are called, the preferred first.
-WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
-VARIANTS = ("", ".fp16", ".bf16")
 
 NEEDED = "Give an SD3 or SD3.5 model here, such as sd3.5_medium.safetensors"
 # What to do with a sound file of another kind than the one asked for.
@@ -105,19 +100,3 @@ def open_source(path: Path) -> Source:
             "or a .safetensors file. Give the file itself, or finish the download."
         )
     return Source(path, tuple(open_tensors(file) for file in weights))
-
-
-def is_diffusers_folder(path: Path) -> bool:
-    """Whether `path` is the root of a diffusers model."""
-    return (path / "model_index.json").is_file() or weights_in(path / "transformer") is not None
-
-
-def weights_in(folder: Path) -> Path | None:
-    """The file or index with the weights of one diffusers component; None if there is none."""
-    for variant in VARIANTS:
-        for stem in WEIGHT_STEMS:
-            index_name = f"{stem}.safetensors.index{variant}.json" if variant else f"{stem}{INDEX_SUFFIX}"
-            for name in (f"{stem}{variant}.safetensors", index_name):
-                if (folder / name).is_file():
-                    return folder / name
-    return None

@@ -4,7 +4,6 @@ What is read goes through one small buffer, or through none where file and desti
 the model and a few megabytes. Headers are checked in `header`; what the names mean is for `layout` and `detect`.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from octavo.checkpoint.header import Entry, Header, read_header
-from octavo.errors import CheckpointError, CorruptFileError, ModelNotFoundError, UnsupportedFormatError
+from octavo.checkpoint.header import Entry, Header, read_headers
+from octavo.errors import CheckpointError, CorruptFileError, UnsupportedFormatError
 from octavo.fp8.formats import FORMATS, all_finite_codes
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -23,7 +22,6 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
-INDEX_SUFFIX = ".safetensors.index.json"
 CPU_CHUNK = 4 << 20  # bytes converted at a time: small enough to stay in the cache
 DEVICE_CHUNK = 32 << 20  # bytes sent to an accelerator at a time
 
@@ -133,23 +131,7 @@ def open_tensors(path: Path) -> TensorFile:
         ModelNotFoundError: the file is not there.
         CheckpointError: it, or one of its shards, is damaged, missing or of a format that is not read.
     """
-    if not path.name.endswith(INDEX_SUFFIX):
-        return TensorFile(path, (read_header(path),))
-    weight_map = _read_index(path)
-    headers = []
-    for shard in sorted(set(weight_map.values())):
-        if not (path.parent / shard).is_file():
-            raise CorruptFileError(f"'{path}' names the shard '{shard}', which is not beside it. Download it too.")
-        headers.append(read_header(path.parent / shard))
-    held = {header.path.name: header.entries for header in headers}
-    for name, shard in weight_map.items():
-        if name not in held[shard]:
-            raise CorruptFileError(f"'{path}' promises '{name}' in '{shard}', which has no such tensor. Download both.")
-    names = [name for header in headers for name in header.entries]
-    if len(set(names)) < len(names):
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise CorruptFileError(f"'{path}' leads to '{repeated}' in two shards. Download the shards again.")
-    return TensorFile(path, tuple(headers))
+    return TensorFile(path, read_headers(path))
 
 
 def torch_dtype(entry: Entry) -> torch.dtype:
@@ -165,23 +147,6 @@ def torch_dtype(entry: Entry) -> torch.dtype:
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, writable."""
     return tensor.view(-1).view(torch.uint8).numpy().data
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name to shard name, as the index at `path` has them."""
-    if not path.is_file():
-        raise ModelNotFoundError(f"There is no file '{path}'. Check the name.")
-    with _reading(path):
-        text = path.read_bytes()
-    try:
-        weight_map = json.loads(text)["weight_map"]
-        shards = [Path(shard) for shard in weight_map.values()]
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptFileError(f"'{path}' is not an index of shards ({error!r:.80}). Download it again.") from error
-    # A shard lies beside its index; a name that leads elsewhere is an attempt to read other files.
-    if not shards or any(shard.name != str(shard) or not shard.name for shard in shards):
-        raise CorruptFileError(f"'{path}' names no shards, or shards outside its own folder. Download it again.")
-    return {str(name): str(shard) for name, shard in weight_map.items()}
 
 
 @contextmanager
