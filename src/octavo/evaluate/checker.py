@@ -123,7 +123,9 @@ def _background(pixels: Array) -> Array:
     edge = max(2, size // 40)
     top, bottom = _most_frequent(pixels[:edge].reshape(-1, 3)), _most_frequent(pixels[-edge:].reshape(-1, 3))
     sides = np.concatenate([pixels[:, :edge], pixels[:, -edge:]], axis=1)
-    whole = _most_frequent(np.concatenate([sides.reshape(-1, 3), pixels[:edge].reshape(-1, 3), pixels[-edge:].reshape(-1, 3)]))
+    whole = _most_frequent(
+        np.concatenate([sides.reshape(-1, 3), pixels[:edge].reshape(-1, 3), pixels[-edge:].reshape(-1, 3)])
+    )
     if np.linalg.norm(top - bottom) < THRESHOLD:
         return np.broadcast_to(whole, (size, 3)).copy()
     ramp = np.linspace(0, 1, size)[:, None]
@@ -182,10 +184,10 @@ def judge(scene: Scene, reading: Reading) -> dict[str, bool]:
         pairings = list(itertools.permutations(found))
         nearest = min(pairings, key=lambda pairing: sum(map(_apart, wanted, pairing)))
         best = max(sum(map(_alike, wanted, pairing)) for pairing in pairings)
-        verdict["place"] = all(a < 0.1 for a in map(_apart, wanted, nearest)) and sum(map(_alike, wanted, nearest)) == best
-        verdict["size"] = all(
-            0.72 < f.radius / expected_extent(w) < 1.39 for w, f in zip(wanted, nearest, strict=True)
+        verdict["place"] = (
+            all(a < 0.1 for a in map(_apart, wanted, nearest)) and sum(map(_alike, wanted, nearest)) == best
         )
+        verdict["size"] = all(0.72 < f.radius / expected_extent(w) < 1.39 for w, f in zip(wanted, nearest, strict=True))
     verdict["all"] = all(verdict.values())
     return verdict
 
@@ -252,7 +254,9 @@ def _practice(rng: random.Random) -> Scene:
     if rng.random() < 0.7:
         spots = [(x, y, rng.uniform(0.1, 0.21)) for x in (0.26, 0.74) for y in (0.26, 0.74)]
     things = tuple(
-        Thing(rng.choice(MORE_SHAPES), rng.choice(colours), x + rng.uniform(-0.02, 0.02), y + rng.uniform(-0.02, 0.02), r)
+        Thing(
+            rng.choice(MORE_SHAPES), rng.choice(colours), x + rng.uniform(-0.02, 0.02), y + rng.uniform(-0.02, 0.02), r
+        )
         for x, y, r in spots
     )
     return Scene("single", things, background)

@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.models.vae import SCALE, SHIFT, VAE, VAEConfig
@@ -36,16 +35,14 @@ class AutoencoderRecipe:
     noise: float = 0.2  # std of the noise on latents of std 1 that the decoder learns to see through
     unit_weight: float = 0.02  # of the pull of every channel towards mean 0 and variance 1
     gradient_weight: float = 0.5  # of the error of differences between neighbouring pixels: crisp edges
-    optimizer: OptimizerSettings = OptimizerSettings(matrix_rate=0.01, other_rate=1e-3)
+    optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(matrix_rate=0.01, other_rate=1e-3))
 
 
 def new_vae() -> VAE:
     """The embedded VAE with fresh weights: every residual branch begins at zero, so that depth costs nothing."""
     vae = VAE(EMBEDDED_VAE)
     for name, parameter in vae.named_parameters():
-        if name.endswith(("conv2.weight", "conv2.bias", "proj_out.weight", "proj_out.bias")):
-            torch.nn.init.zeros_(parameter)
-        elif name.endswith("bias"):
+        if name.endswith(("conv2.weight", "proj_out.weight", "bias")):
             torch.nn.init.zeros_(parameter)
         elif parameter.ndim == 4:
             torch.nn.init.orthogonal_(parameter)

@@ -27,12 +27,27 @@ _SHAPE_WORDS: Mapping[str, Sequence[str]] = MappingProxyType(
 _COLOUR_WORDS: Mapping[str, Sequence[str]] = MappingProxyType(
     {"gray": ("gray", "grey"), "purple": ("purple", "purple", "violet"), "cyan": ("cyan", "turquoise")}
 )
-_SIZE_WORDS = MappingProxyType({"large": ("large", "large", "big", "huge"), "small": ("small", "small", "little", "tiny")})
+_SIZE_WORDS = MappingProxyType(
+    {"large": ("large", "large", "big", "huge"), "small": ("small", "small", "little", "tiny")}
+)
 _OPENINGS = (
     "a picture of", "an image of", "a drawing of", "a photo of", "a painting of", "picture of", "drawing of", "draw",
     "there is", "an icon of", "show", "a simple drawing of",
 )  # fmt: skip
-_ADJECTIVES = ("simple", "flat", "nice", "pretty", "beautiful", "bright", "plain", "single", "cute", "cool", "shiny", "perfect")
+_ADJECTIVES = (
+    "simple",
+    "flat",
+    "nice",
+    "pretty",
+    "beautiful",
+    "bright",
+    "plain",
+    "single",
+    "cute",
+    "cool",
+    "shiny",
+    "perfect",
+)
 _PLURALS = MappingProxyType({"cross": "crosses", "plus": "pluses", "box": "boxes", "rhombus": "rhombuses"})
 _NUMBERS = MappingProxyType({2: ("two", "2", "a pair of"), 3: ("three", "3"), 4: ("four", "4")})
 _UNKNOWN = "unfamiliar"  # a word outside the vocabulary: the model learns to pass over such
@@ -44,7 +59,8 @@ def words() -> list[str]:
     colours = [word for colour in MORE_COLOURS for word in _COLOUR_WORDS.get(colour, (colour,))]
     phrases = [
         *shapes, *(_plural(word) for word in shapes), *colours, *_ADJECTIVES, *_OPENINGS,
-        *(word for size in _SIZE_WORDS.values() for word in size), *(n for options in _NUMBERS.values() for n in options),
+        *(word for size in _SIZE_WORDS.values() for word in size),
+        *(number for options in _NUMBERS.values() for number in options),
         "a an the one in on at of to from with and is that it its against over under near next beside by",
         "left right top bottom upper lower center centre middle corner side background gradient above below beneath",
         "word text letters writing says saying written reads",
@@ -74,23 +90,30 @@ def _caption(scene: Scene, rng: random.Random, *, unseen: bool) -> str:
     background = _background(scene, rng) if scene.says_background else ""
     what = _what(scene, rng)
     place = _place(scene.place, rng) if scene.place else ""
-    if unseen:
-        orders = [f"{what} {place}"]
-        if background:
-            colour = _colour(scene.background, rng)
-            first = f"on a gradient from {colour} to {scene.background_end}" if scene.background_end else background
-            orders = [f"{first} {what} {place}"]
-            if not scene.background_end:
-                orders.append(f"{what} {place} and the background is {colour}")
-        if place:
-            orders.append(f"{place} {what} {background}")
-        return rng.choice(orders)
     opening = rng.choice(_OPENINGS) if rng.random() < 0.25 else ""
-    if background and scene.background_end is None and rng.random() < 0.1:
+    if unseen:
+        return _unseen_order(scene, what, place, background, rng)
+    chance = rng.random()
+    if background and scene.background_end is None and chance < 0.1:
         return f"{opening} {_article(_colour(scene.background, rng), rng)} background with {what} {place}"
-    if place and rng.random() < 0.25:
+    if background and chance < 0.25:
+        return f"{opening} {background} {what} {place}"
+    if place and chance < 0.4:
+        return f"{opening} {place} {what} {background}"
+    if place and chance < 0.6:
         return f"{opening} {what} {background} {place}"
     return f"{opening} {what} {place} {background}"
+
+
+def _unseen_order(scene: Scene, what: str, place: str, background: str, rng: random.Random) -> str:
+    """Orders kept out of training: the opening in the middle, the background as a clause of its own."""
+    if not background:
+        return f"{place} there is {what}"
+    orders = [f"{background} there is {what} {place}"]
+    if scene.background_end is None:
+        colour = _colour(scene.background, rng)
+        orders += [f"{what} {place} and the background is {colour}", f"{colour} background and {what} {place}"]
+    return rng.choice(orders)
 
 
 def _what(scene: Scene, rng: random.Random) -> str:
@@ -117,7 +140,9 @@ def _pair(first: Thing, second: Thing, relation: str, rng: random.Random) -> str
     a, b = _thing(first, rng), _thing(second, rng)
     match relation:
         case "left of":
-            link = rng.choice(["left of", "to the left of", "on the left of", "left of", "next to", "beside", "and", "and"])
+            link = rng.choice(
+                ["left of", "to the left of", "on the left of", "left of", "next to", "beside", "and", "and"]
+            )
             if rng.random() < 0.1:
                 return f"{a} on the left and {b} on the right"
         case "right of":

@@ -6,6 +6,7 @@ pictures `drawing`, its words `captions`; files for use are made by `export`.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,12 +22,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from octavo.models.vae import VAE
 from octavo.train.autoencoder import EMBEDDED_VAE, AutoencoderRecipe, fold_statistics, train_autoencoder
 from octavo.train.captions import caption
-from octavo.train.drawing import draw
+from octavo.train.drawing import draw, to_bytes
+from octavo.train.export import export
 from octavo.train.latents import Pool, load_pool
-from octavo.train.loop import Budget, Progress, Report, train
+from octavo.train.loop import Budget, Progress, Report, averaged_weights, read_progress, train
 from octavo.train.model import DemoModel, Tokenization
 from octavo.train.optimizer import OptimizerSettings
-from octavo.train.scenes import MIXES, sample_scene
+from octavo.train.pictures import contact_sheet, learning_curve, sketch
+from octavo.train.scenes import MIXES, domain, sample_scene
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,12 +40,15 @@ class DemoRecipe:
     size: int = 128  # pixels a side
     batch: int = 64
     pool: Mapping[str, int] = field(
-        default_factory=lambda: {"plain": 8192, "placed": 16384, "pair": 32768, "several": 8192, "gradient": 8192}
+        default_factory=lambda: {"plain": 8192, "placed": 16384, "pair": 24576, "several": 8192, "gradient": 8192}
     )  # pictures encoded by kind of scene
     empty_captions: float = 0.1  # share of captions that are empty, for classifier-free guidance
     encoder_dropout: float = 0.1  # share of captions that each encoder does not see
-    optimizer: OptimizerSettings = OptimizerSettings()
-    autoencoder: AutoencoderRecipe = AutoencoderRecipe()
+    steps: int = 16  # recommended for drawing, as are the next two
+    guidance_scale: float = 3.0
+    shift: float = 1.0
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    autoencoder: AutoencoderRecipe = field(default_factory=AutoencoderRecipe)
 
 
 def train_vae(folder: Path, *, budget: Budget, recipe: DemoRecipe, device: str = "cpu", report: Report = print) -> VAE:
@@ -66,7 +72,14 @@ def load_trained_vae(folder: Path, device: str = "cpu") -> VAE:
 
 
 def train_stage(
-    folder: Path, stage: int, *, budget: Budget, recipe: DemoRecipe, device: str = "cpu", seed: int = 0, report: Report = print
+    folder: Path,
+    stage: int,
+    *,
+    budget: Budget,
+    recipe: DemoRecipe,
+    device: str = "cpu",
+    seed: int = 0,
+    report: Report = print,
 ) -> tuple[DemoModel, Progress]:
     """Train the MMDiT and the text encoders on one stage's mix, starting from what the folder holds."""
     vae = load_trained_vae(folder, device)
@@ -100,6 +113,41 @@ def train_stage(
 def palette_stage(stage: int) -> int:
     """The stage whose shapes and colours `stage` uses: they are few until stage 3 and more from stage 4 on."""
     return 4 if stage >= 4 else 3
+
+
+def load_trained(folder: Path, recipe: DemoRecipe, device: str = "cpu") -> DemoModel:
+    """The model of a run with averaged weights, also while it is being trained."""
+    model = DemoModel(recipe.depth)
+    # The table of positions is not trained, so it has no average and keeps what `DemoModel` gave it.
+    model.load_state_dict({"mmdit.pos_embed": model.mmdit.pos_embed, **averaged_weights(folder)})
+    return model.to(device).eval()
+
+
+def look(folder: Path, stage: int, *, recipe: DemoRecipe, device: str = "cpu", count: int = 40) -> None:
+    """Write the run's contact sheet and learning curve, as PNG, into its folder."""
+    rng = random.Random(f"look {stage}")
+    prompts = [caption(sample_scene(rng, stage), rng) for _ in range(count)]
+    model, vae = load_trained(folder, recipe, device), load_trained_vae(folder, device)
+    pixels = sketch(model, vae, prompts, size=recipe.size)
+    contact_sheet(to_bytes(pixels), 8, prompts).save(folder / f"sheet-stage-{stage}.png")
+    learning_curve(folder).save(folder / "curve.png")
+
+
+def export_run(folder: Path, tree: Path, *, recipe: DemoRecipe) -> list[Path]:
+    """Write the run's model as files for use, see `export`."""
+    settings = {
+        "name": "Octavo's embedded model",
+        "steps": recipe.steps,
+        "guidance_scale": recipe.guidance_scale,
+        "sampler": "euler",
+        "schedule": "simple",
+        "shift": recipe.shift,
+        "width": recipe.size,
+        "height": recipe.size,
+    }
+    trained_stage = int(json.loads(read_progress(folder / "state.safetensors"))["phase"].removeprefix("stage "))
+    model, vae = load_trained(folder, recipe), load_trained_vae(folder)
+    return export(model, vae, tree, settings=settings, domain=domain(trained_stage))
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +198,7 @@ def demo_loss(model: DemoModel, tokenize: Tokenization, batch: Batch, device: st
 
 @contextmanager
 def short_attention(device: str) -> Iterator[None]:
-    """Attention as two plain products on a CPU: for a hundred tokens four times as fast to train as the flash kernel."""
+    """Attention as two plain products on a CPU: for a hundred tokens four times as fast as the flash kernel."""
     if device != "cpu":
         yield
         return

@@ -62,7 +62,9 @@ def draw(scenes: Sequence[Scene], size: int, device: torch.device | str = "cpu")
 
 def to_bytes(pixels: Tensor) -> npt.NDArray[np.uint8]:
     """[B, 3, S, S] near [-1, 1] → [B, S, S, 3] uint8."""
-    levels: npt.NDArray[np.uint8] = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    levels: npt.NDArray[np.uint8] = (
+        ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    )
     return levels
 
 
@@ -72,7 +74,7 @@ def _colours(names: Sequence[str], device: torch.device | str) -> Tensor:
 
 @functools.cache
 def distance_tables() -> Tensor:
-    """Signed distance to every shape's outline in radii, negative inside: [shapes, T, T], in the order of MORE_SHAPES."""
+    """Distance in radii to every outline, negative inside: [shapes, T, T], in the order of MORE_SHAPES."""
     axis = np.linspace(-REACH, REACH, TABLE)
     x, y = np.meshgrid(axis, axis)
     return torch.from_numpy(np.stack([_distance(name, x, y) for name in MORE_SHAPES])).float()

@@ -107,7 +107,9 @@ def train(
             losses.clear()
             _log(folder, phase=phase, step=progress.steps, seconds=progress.phase_seconds, loss=mean, norm=norm)
             pace = progress.phase_seconds / progress.phase_steps
-            report(f"{phase}: step {progress.steps}, loss {mean:.4f}, {pace:.3f} s a step, {100 * spent:.0f} % of the time")
+            report(
+                f"{phase}: step {progress.steps}, loss {mean:.4f}, {pace:.3f} s a step, {100 * spent:.0f} % of the time"
+            )
         if time.monotonic() - saved > save_every_seconds:
             _save(folder, progress, model, optimizer)
             saved = time.monotonic()

@@ -83,7 +83,12 @@ class DemoModel(nn.Module):
         self.clip_g = ClipTextEncoder(_clip("gelu", vocabulary, projection=CLIP_WIDTH))
         self.t5xxl = T5Encoder(
             T5Config(
-                width=T5_WIDTH, layers=2, heads=T5_WIDTH // 64, head_width=64, mlp_width=256, vocab_size=vocabulary_t5
+                width=T5_WIDTH,
+                layers=2,
+                heads=T5_WIDTH // 64,
+                head_width=64,
+                mlp_width=T5_WIDTH,
+                vocab_size=vocabulary_t5,
             )
         )
         self._initialise()
@@ -126,9 +131,10 @@ class DemoModel(nn.Module):
         hidden_g, pooled_g = self.clip_g(tokens.clip_g, end=tokens.end)
         rows_t5 = self.t5xxl(tokens.t5)
         if keep is not None:
-            l, g, t5 = keep.to(hidden_l.dtype)[:, :, None].unbind(1)
-            hidden_l, pooled_l, hidden_g, pooled_g = hidden_l * l[:, None], pooled_l * l, hidden_g * g[:, None], pooled_g * g
-            rows_t5 = rows_t5 * t5[:, None]
+            keep_l, keep_g, keep_t5 = keep.to(hidden_l.dtype)[:, :, None].unbind(1)
+            hidden_l, pooled_l = hidden_l * keep_l[:, None], pooled_l * keep_l
+            hidden_g, pooled_g = hidden_g * keep_g[:, None], pooled_g * keep_g
+            rows_t5 = rows_t5 * keep_t5[:, None]
         clip_rows = torch.cat([hidden_l, hidden_g], dim=-1)
         clip_rows = F.pad(clip_rows, (0, T5_WIDTH - clip_rows.shape[-1]))
         return torch.cat([clip_rows, rows_t5], dim=1), torch.cat([pooled_l, pooled_g], dim=-1)

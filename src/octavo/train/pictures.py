@@ -49,7 +49,9 @@ def sketch(
     return vae.decode(from_latents(latents))
 
 
-def contact_sheet(pictures: np.ndarray, columns: int, captions: Sequence[str] | None = None, side: int = 0) -> Image.Image:
+def contact_sheet(
+    pictures: np.ndarray, columns: int, captions: Sequence[str] | None = None, side: int = 0
+) -> Image.Image:
     """Pictures [N, S, S, 3] uint8 in rows, each above its caption."""
     size = side or pictures.shape[1]
     margin, text = 6, 26 if captions else 0

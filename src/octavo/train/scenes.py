@@ -12,7 +12,7 @@ that `octavo.evaluate` can ask for what the model has never seen. Drawing is in 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -268,3 +268,20 @@ def sample_scene(rng: random.Random, stage: int, *, held_out: bool = False, kind
     if kind == "gradient":
         return _sample_gradient(rng, stage, held_out)
     return _sample_single(rng, stage, held_out, placed=kind == "placed")
+
+
+def domain(stage: int) -> str:
+    """In words for people, what a model trained up to `stage` can draw."""
+    shapes, colours = (MORE_SHAPES, MORE_COLOURS) if stage >= 4 else (SHAPES, COLOURS)
+    parts = [f"one flat {_listed(shapes)}, in {_listed(colours)}, on a background of another of these colours"]
+    if stage >= 2:
+        parts.append(f"large or small, at one of {len(PLACES)} places (the center, the sides, the corners)")
+    if stage >= 3:
+        parts.append("or two such things, one left of, right of, above or below the other")
+    if stage >= 4:
+        parts.append("or two, three or four of a kind, or one on a gradient from one colour to another")
+    return "Draws " + "; ".join(parts) + ". Knows no other things and no other words."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"

@@ -1,0 +1,62 @@
+"""`octavo train demo`: make the embedded model again, or a better one."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from octavo.errors import RequestError
+
+train = typer.Typer(help="Train models.", no_args_is_help=True)
+
+EPILOG = """[bold]Example[/], the model of the package on two cores:
+
+octavo train demo --stage 0 --minutes 15 && octavo train demo --stage 1 --minutes 10 && …
+
+Each call goes on where the folder stands; a call that was stopped is finished by repeating it."""
+
+
+@train.callback()
+def _group() -> None:
+    """Train models."""
+
+
+@train.command(epilog=EPILOG)
+def demo(
+    stage: Annotated[
+        int, typer.Option(min=0, max=4, help="0 trains the VAE, 1 to 4 the model on ever more kinds of pictures.")
+    ],
+    minutes: Annotated[float, typer.Option(min=0.01, help="Time for this stage, over all calls.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    batch: Annotated[int | None, typer.Option(min=1, help="Pictures a step.")] = None,
+    depth: Annotated[int | None, typer.Option(min=1, help="Blocks of the MMDiT; its width is 64 times this.")] = None,
+    size: Annotated[int | None, typer.Option(min=32, help="Pixels a side.")] = None,
+    export_to: Annotated[
+        Path | None, typer.Option(help="Write the trained model as a ComfyUI tree to this folder.")
+    ] = None,
+) -> None:
+    """Train the embedded model on pictures that Octavo draws itself."""
+    from dataclasses import replace
+
+    from octavo.train import demo as job
+    from octavo.train.loop import Budget
+
+    if device not in ("cpu", "cuda") and not device.startswith("cuda:"):
+        raise RequestError(f"device {device!r} is not known; use cpu or cuda.")
+    given = {"batch": batch, "depth": depth, "size": size}
+    recipe = replace(job.DemoRecipe(), **{name: value for name, value in given.items() if value is not None})
+    budget = Budget(minutes=minutes)
+    out.mkdir(parents=True, exist_ok=True)
+
+    def report(line: str) -> None:
+        print(line, flush=True)
+
+    if stage == 0:
+        job.train_vae(out, budget=budget, recipe=recipe, device=device, report=report)
+        return
+    job.train_stage(out, stage, budget=budget, recipe=recipe, device=device, report=report)
+    job.look(out, stage, recipe=recipe, device=device)
+    if export_to is not None:
+        for path in job.export_run(out, export_to, recipe=recipe):
+            report(f"{path}  {path.stat().st_size:,} bytes")
