@@ -107,7 +107,7 @@ def dpmpp_2s_ancestral(
 def res_multistep_ancestral(
     x: Tensor, sigmas: list[float], *, noise: Noise, eta: float = 1.0, s_noise: float = 1.0
 ) -> Sampler:
-    """`res_multistep` with fresh noise after each step; classical rule for the noise (VE).
+    """`res_multistep` with fresh noise after each step, by the classical rule, with `ddpm`'s excess on a flow.
 
     Source: Zhang et al. 2023 (arXiv 2308.02157), as k-diffusion forks made it ancestral.
     """
@@ -137,8 +137,8 @@ def lcm(x: Tensor, sigmas: list[float], *, noise: Noise) -> Sampler:
 def ddpm(x: Tensor, sigmas: list[float], *, noise: Noise) -> Sampler:
     """DDPM's ancestral steps, sigma taken for the noise level of data that keep their size.
 
-    A rectified flow's data shrink as noise grows, so there this sampler adds less noise than its levels ask for; it
-    is kept for those who know its look. Equal to Euler steps with `ve_ancestral_step` at eta 1, up to rounding.
+    A rectified flow's data shrink as noise grows, so there its pictures vary more than the data do, however many
+    steps are made; kept for those who know its look. Up to rounding, Euler steps with `ve_ancestral_step` at eta 1.
 
     Source: Ho et al. 2020 (arXiv 2006.11239), Algorithm 2, with alpha-bar = 1 / (1 + sigma**2).
     """

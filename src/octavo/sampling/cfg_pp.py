@@ -64,7 +64,12 @@ def dpmpp_2m_cfg_pp(x: Tensor, sigmas: list[float]) -> GuidedSampler:
 def dpmpp_2s_ancestral_cfg_pp(
     x: Tensor, sigmas: list[float], *, noise: Noise, eta: float = 1.0, s_noise: float = 1.0
 ) -> GuidedSampler:
-    """DPM-Solver++(2S) with CFG++ and fresh noise after each step; classical rule for the noise (VE)."""
+    """DPM-Solver++(2S) with CFG++ and fresh noise after each step, as ComfyUI has it.
+
+    The push from `uncond` takes the latest `uncond`, that of mid-step, also from the estimate at the step's start; and
+    noise follows the classical rule (VE). So more steps change the picture without end, even where both predictions
+    are the same.
+    """
     for sigma, sigma_next in pairwise(sigmas):
         denoised, uncond = yield x, sigma
         if sigma_next == 0:

@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from octavo.errors import NumericsError
 from octavo.sampling.flow import velocity
 from octavo.sampling.protocol import Sampler
 
@@ -41,10 +42,10 @@ def heun(x: Tensor, sigmas: list[float]) -> Sampler:
 def heunpp2(x: Tensor, sigmas: list[float]) -> Sampler:
     """Heun++: slopes at this level and the two below it, weighted by their share of the first sigma. Order 1.
 
-    The weights of the slopes ahead are `sigma / (k * sigmas[0])` over k slopes: a fine step at low noise becomes
-    almost an Euler step. Two slopes before the last level, one at it.
+    Of k slopes, those ahead weigh `sigma / (k * sigmas[0])` each, so that a step at low noise is almost an Euler step.
+    k is 3, and less where fewer levels lie above the last one.
 
-    Source: Li et al. 2023, "On fast sampling of diffusion models with Heun++"; as published with k-diffusion forks.
+    Source: no paper; made by users of Stable Diffusion from Heun's method in Karras et al. 2022.
     """
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         ahead = [level for level in sigmas[i + 1 : i + 3] if level > sigmas[-1]]
@@ -117,7 +118,11 @@ def dpm_adaptive(
         relative_tolerance, absolute_tolerance: an error of 1 is the larger of both (the relative one times |x|).
         safety: a step is kept when the next one need not be shorter than this share of it.
 
-    Source: Lu et al. 2022 (arXiv 2206.00927), Algorithm 3, with the limiter of Söderlind 2003 on the step's growth.
+    Raises:
+        NumericsError: an answer is not finite, so that no step would ever be short enough.
+
+    Source: Lu et al. 2022 (arXiv 2206.00927), appendix; the limit on the step's growth is that of Söderlind and Wang
+    2006, "Adaptive time-stepping and computational stability".
     """
     if len(sigmas) <= 2:
         return (yield from euler(x, sigmas))
@@ -129,6 +134,10 @@ def dpm_adaptive(
         x_low, x_high = yield from _dpm_solver_2_and_3(x, sigma, sigma_next)
         allowed = (relative_tolerance * torch.maximum(x_low.abs(), x_low_before.abs())).clamp(min=absolute_tolerance)
         error = ((x_low - x_high) / allowed).square().mean().sqrt().item()
+        if not math.isfinite(error):
+            raise NumericsError(
+                f"dpm_adaptive was sent an answer with NaN or infinity between sigma {sigma} and {sigma_next}."
+            )
         growth = 1 + math.atan((error + 1e-8) ** (-1 / 3) - 1)
         if growth >= safety:
             x, x_low_before, sigma = x_high, x_low, sigma_next

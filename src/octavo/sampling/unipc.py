@@ -10,24 +10,26 @@ from octavo.sampling.exponential import phi
 from octavo.sampling.flow import remove_signal_scale
 from octavo.sampling.protocol import Sampler
 
-_SIGMA_END = 0.001  # stands for 0, where log sigma has no value
+# Log sigma has no value at 0; ComfyUI stops at 0.001 instead, of which its 1 + sigma**2 in float32 makes 2**-10.
+_SIGMA_END, _LAST_STEP_TO = 0.001, 2**-10
 
 
 def uni_pc(x: Tensor, sigmas: list[float], *, variant: Literal["bh1", "bh2"] = "bh1", order: int = 3) -> Sampler:
-    """UniPC-p, multistep, on the denoised estimate, in log sigma. Order `order` + 1 with exact starting values.
+    """UniPC-p, multistep, on the denoised estimate, in log sigma.
 
-    Orders rise in the first steps and fall in the last. Meant for schedules without their last but one sigma. A run
-    down to 0 stops at 0.001, and the data's share there is scaled up to 1.
+    Orders rise in the first steps and fall in the last, which is not corrected and holds a whole run at order 2.
+    A run down to 0 stops a little above it, and the data's share there is scaled up to 1. Meant for schedules without
+    their last but one sigma.
 
     Args:
-        variant: the paper's B(h): `bh1` is h, `bh2` is exp(h) - 1.
+        variant: the paper's B(h): `bh1` is h, `bh2` is 1 - exp(-h).
         order: of the predictor, less in short runs.
 
     Source: Zhao et al. 2023 (arXiv 2302.04867), Algorithms 5 and 6 (data prediction).
     """
     if len(sigmas) < 2:
         return x
-    levels = [*sigmas[:-1], sigmas[-1] or _SIGMA_END]
+    levels = [*sigmas[:-1], sigmas[-1] or min(_LAST_STEP_TO, sigmas[-2] / 2)]
     times = [-math.log(sigma) for sigma in levels]
     steps = len(levels) - 1
     order = min(order, max(steps - 1, 1))
@@ -46,7 +48,9 @@ def uni_pc(x: Tensor, sigmas: list[float], *, variant: Literal["bh1", "bh2"] = "
             answer = yield x, levels[i]
             x = euler + _combination(_weights([*places, 1.0], h, variant), [*slopes, answer - answers[0]])
             answers = [answer, *answers][:order]
-    return x if sigmas[-1] > 0 else remove_signal_scale(x, _SIGMA_END)
+    if sigmas[-1] > 0:
+        return x
+    return remove_signal_scale(x, _SIGMA_END if levels[-1] == _LAST_STEP_TO else levels[-1])
 
 
 def _weights(places: list[float], h: float, variant: str) -> list[float]:
