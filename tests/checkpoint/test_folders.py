@@ -103,9 +103,10 @@ def test_a_name_in_two_folders_must_be_given_in_full(tree: Path) -> None:
 def test_several_roots_are_searched_in_order(tmp_path: Path) -> None:
     first = touch(tmp_path / "first", "vae/a.safetensors")
     second = touch(tmp_path / "second", "vae/a.safetensors", "vae/b.safetensors")
-    folders = standard(tmp_path, OCTAVO_MODELS=f"{first}{os.pathsep}{second}")
-    assert folders.find("a", "vae") == first / "vae/a.safetensors"
-    assert folders.find("b", "vae") == second / "vae/b.safetensors"
+    both = f"{first}{os.pathsep}{second}"
+    for folders in (standard(tmp_path, OCTAVO_MODELS=both), Folders.standard(both)):
+        assert folders.find("a", "vae") == first / "vae/a.safetensors"
+        assert folders.find("b", "vae") == second / "vae/b.safetensors"
     assert Folders.standard(second, environment={"OCTAVO_MODELS": str(first)}).find("a", "vae").is_relative_to(second)
 
 

@@ -68,7 +68,7 @@ class Folders:
     @classmethod
     def standard(
         cls,
-        models_dir: Path | None = None,
+        models_dir: Path | str | None = None,
         *,
         extra: Iterable[Path] = (),
         environment: Mapping[str, str] = os.environ,
@@ -77,7 +77,7 @@ class Folders:
         """The places that every command searches.
 
         Args:
-            models_dir: a root; without it those in $OCTAVO_MODELS (separated as in $PATH), without that `./models`.
+            models_dir: a root, or several separated as in $PATH; without it $OCTAVO_MODELS, without that `./models`.
             extra: more files in the format of extra_model_paths.yaml, beside those found next to the roots.
             environment: where $OCTAVO_MODELS is looked up.
             working_dir: where `./models` is.
@@ -85,12 +85,8 @@ class Folders:
         Raises:
             RequestError: an extra_model_paths.yaml cannot be understood.
         """
-        if models_dir is not None:
-            roots = [models_dir]
-        elif named := environment.get(ENVIRONMENT):
-            roots = [Path(root).expanduser() for root in named.split(os.pathsep) if root]
-        else:
-            roots = [working_dir / "models"]
+        named = environment.get(ENVIRONMENT, "") if models_dir is None else os.fspath(models_dir)
+        roots = [Path(root).expanduser() for root in named.split(os.pathsep) if root] or [working_dir / "models"]
         # ComfyUI keeps the file beside its models folder.
         beside = [folder / EXTRA_PATHS for root in roots for folder in (root, root.parent)]
         files = [*extra, *(file for file in (*beside, working_dir / EXTRA_PATHS) if file.is_file())]
