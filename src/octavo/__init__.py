@@ -15,7 +15,8 @@ from octavo import errors
 from octavo._version import __version__
 
 if TYPE_CHECKING:
-    from octavo.pipeline.components import Components, load
+    from octavo.pipeline.assemble import load
+    from octavo.pipeline.components import Components
     from octavo.pipeline.generate import generate, generate_each
     from octavo.pipeline.image import Picture
     from octavo.pipeline.request import GenerateRequest
@@ -33,7 +34,7 @@ __all__ = [
 
 _HOMES = {
     "Components": "octavo.pipeline.components",
-    "load": "octavo.pipeline.components",
+    "load": "octavo.pipeline.assemble",
     "generate": "octavo.pipeline.generate",
     "generate_each": "octavo.pipeline.generate",
     "Picture": "octavo.pipeline.image",

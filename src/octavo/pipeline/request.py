@@ -112,12 +112,13 @@ class Job(GenerateRequest):
     model: str
 
 
-def resolve(request: GenerateRequest, preset: Preset, *, max_side: int) -> Job:
+def resolve(request: GenerateRequest, preset: Preset, *, model: str, max_side: int) -> Job:
     """The request with the model's own settings wherever nothing was asked.
 
     Args:
         request: as the user gave it.
         preset: of the model.
+        model: its name, for the record.
         max_side: longest side that the model's table of positions covers, in pixels.
 
     Raises:
@@ -133,7 +134,7 @@ def resolve(request: GenerateRequest, preset: Preset, *, max_side: int) -> Job:
         "shift": request.shift or preset.shift,
         "seed": secrets.randbelow(2**32) if request.seed is None else request.seed,
         "skip_layer_guidance": request.skip_layer_guidance or preset.skip_layer_guidance,
-        "model": preset.name,
+        "model": model,
         "version": __version__,
     }
     job = Job(**{field.name: getattr(request, field.name) for field in fields(request)} | filled)

@@ -1,0 +1,244 @@
+"""`octavo generate`: prompts in, picture files out. Paths go to stdout, everything else to stderr."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from octavo.errors import RequestError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from octavo.pipeline.components import Components
+    from octavo.pipeline.generate import Progress as Report
+    from octavo.pipeline.generate import Watcher
+    from octavo.pipeline.request import GenerateRequest
+
+EPILOG = """[bold]Examples[/]
+
+octavo generate "a large red star on a blue background"
+
+octavo generate "a photo of a fox" --model sd3.5_large_fp8_scaled --size 1024x768 --steps 28 --guidance 4.5
+
+octavo generate "the same, at night" --image fox.png --denoise 0.6 --model sd3.5_medium
+
+octavo generate --from output/octavo-00001.png --seed 7
+
+octavo generate - < prompts.txt --batch 2 --out pictures/
+"""
+
+
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to draw; '-' reads one prompt a line from standard input.")
+    ] = None,
+    negative: Annotated[str | None, typer.Option("--negative", "-n", help="What the picture should not show.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            envvar="OCTAVO_MODEL",
+            help="Name or path of a model; without one the embedded model draws.",
+        ),
+    ] = None,
+    models_dir: Annotated[
+        Path | None, typer.Option(envvar="OCTAVO_MODELS", help="Folder laid out as ComfyUI's models/.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option("--size", "-s", help="Width x height in pixels, such as 1024x768.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the sampler.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", "-g", help="Guidance scale (CFG); 1 switches it off.")
+    ] = None,
+    sampler: Annotated[str | None, typer.Option(help="euler, dpmpp_2m, heun, … as ComfyUI names them.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="simple, sgm_uniform, beta, karras, …")] = None,
+    shift: Annotated[float | None, typer.Option(help="Shift of the schedule; 3 for the released models.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the first picture; drawn by lot when not given.")] = None,
+    batch: Annotated[int | None, typer.Option("--batch", "-b", help="Pictures a prompt; the seed counts up.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="File (.png, .webp, .jpg) or folder.  [default: output/]", show_default=False),
+    ] = None,
+    image: Annotated[Path | None, typer.Option(help="Picture to start from.")] = None,
+    denoise: Annotated[
+        float | None, typer.Option(help="How much of --image to make anew, 0 to 1.  [default: 0.6]", show_default=False)
+    ] = None,
+    slg: Annotated[
+        float | None, typer.Option(help="Scale of skip-layer guidance; 0 is off. Made for SD3.5 Medium.")
+    ] = None,
+    rescale: Annotated[float | None, typer.Option(help="Guidance rescale, 0 to 1.")] = None,
+    guidance_interval: Annotated[
+        str | None, typer.Option(help="Part of the steps that is guided, such as 0.1-0.8.")
+    ] = None,
+    clip_skip: Annotated[int | None, typer.Option(help="Which of CLIP's last layers is read; 2 for SD3.")] = None,
+    tiled_vae: Annotated[
+        bool | None,
+        typer.Option("--tiled-vae/--whole-vae", help="Decode in tiles, or never; by free memory if unsaid."),
+    ] = None,
+    repeat: Annotated[
+        Path | None, typer.Option("--from", help="Picture of Octavo's whose settings are used again.")
+    ] = None,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Keep a small preview beside the output while denoising.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the fastest if unsaid.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16; what suits the device if unsaid.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the paths.")] = False,
+) -> None:
+    """Draw pictures from words."""
+    from rich.console import Console
+
+    console = Console(stderr=True, quiet=quiet, highlight=False)
+    given = {
+        "negative_prompt": negative, "steps": steps, "guidance_scale": guidance, "sampler": sampler,
+        "schedule": schedule, "shift": shift, "seed": seed, "batch": batch, "guidance_rescale": rescale,
+        "clip_skip": clip_skip, "denoise": denoise if denoise is not None else (0.6 if image else None),
+        "image": str(image) if image else None,
+        **_size(size), **_interval(guidance_interval), **_skip_layers(slg),
+    }  # fmt: skip
+    requests = _requests(_texts(prompt, prompts), repeat, given)
+    if out is not None and len(requests) * max(r.batch for r in requests) > 1 and out.suffix:
+        raise RequestError(f"Several pictures are asked for but --out names one file, {out}; give a folder.")
+
+    from octavo.pipeline.assemble import load
+
+    with console.status("Loading …"):
+        components = load(
+            model or requests[0].model, models_dir=models_dir, device=device, dtype=dtype, tiled_vae=tiled_vae
+        )
+    console.print(components.headline)
+    _say_unknown_words(console, components, requests)
+    for request in requests:
+        _draw(console, components, request, out, preview)
+
+
+def _draw(
+    console: "Console", components: "Components", request: "GenerateRequest", out: Path | None, preview: bool
+) -> None:
+    """Draw one request, saving each picture as soon as it is finished, so that Ctrl-C keeps what is done."""
+    from octavo.pipeline.generate import generate_each
+
+    with _progress(console, out if preview else None, components, preview) as watch:
+        for picture in generate_each(components, request, watch=watch):
+            path = picture.save(_target(out))
+            print(path, flush=True)
+
+
+def _texts(prompt: str | None, prompts: Path | None) -> list[str]:
+    """The prompts of all sources, in order."""
+    texts = []
+    if prompt == "-":
+        texts += [line.strip() for line in typer.get_text_stream("stdin") if line.strip()]
+    elif prompt is not None:
+        texts.append(prompt)
+    if prompts is not None:
+        try:
+            texts += [line.strip() for line in prompts.read_text("utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeError) as error:
+            raise RequestError(f"Cannot read the prompts of {prompts}: {error}.") from error
+    if not texts and (prompts is not None or prompt == "-"):
+        raise RequestError("There is no prompt in the input; write one a line.")
+    return texts
+
+
+def _requests(texts: list[str], repeat: Path | None, given: dict[str, Any]) -> list["GenerateRequest"]:
+    """One request a prompt; the user's words over those of the picture to repeat."""
+    from octavo.pipeline.image import read_settings
+    from octavo.pipeline.request import GenerateRequest
+
+    given = {key: value for key, value in given.items() if value is not None}
+    if repeat is not None:
+        base = GenerateRequest.from_settings(read_settings(repeat))
+        return [replace(base, **given, prompt=text) for text in texts] or [replace(base, **given)]
+    if not texts:
+        raise RequestError('Say what to draw: octavo generate "a red star", --prompts FILE, or --from PICTURE.')
+    return [GenerateRequest(prompt=text, **given) for text in texts]
+
+
+def _size(text: str | None) -> dict[str, int]:
+    if text is None:
+        return {}
+    width, _, height = text.lower().replace("×", "x").partition("x")
+    if not (width.strip().isdigit() and (height or width).strip().isdigit()):
+        raise RequestError(f"--size {text}: write width x height in pixels, such as 1024x768.")
+    return {"width": int(width), "height": int(height or width)}
+
+
+def _interval(text: str | None) -> dict[str, float]:
+    if text is None:
+        return {}
+    start, _, end = text.partition("-")
+    try:
+        return {"guidance_start": float(start), "guidance_end": float(end)}
+    except ValueError:
+        raise RequestError(f"--guidance-interval {text}: write two fractions, such as 0.1-0.8.") from None
+
+
+def _skip_layers(scale: float | None) -> dict[str, Any]:
+    if scale is None:
+        return {}
+    from octavo.sampling.guidance import SkipLayerGuidance
+
+    return {"skip_layer_guidance": SkipLayerGuidance(scale=scale)}
+
+
+def _target(out: Path | None) -> Path:
+    """The file to write: the one named, or the next free number in a folder."""
+    if out is not None and out.suffix:
+        return out
+    folder = out or Path("output")
+    numbers = [int(p.stem[7:]) for p in folder.glob("octavo-*.png") if p.stem[7:].isdigit()]
+    return folder / f"octavo-{max(numbers, default=0) + 1:05}.png"
+
+
+def _say_unknown_words(console: "Console", components: "Components", requests: list["GenerateRequest"]) -> None:
+    unknown = dict.fromkeys(word for r in requests for word in components.unknown_words(r.prompt))
+    if unknown:
+        words = ", ".join(f"'{word}'" for word in unknown)
+        console.print(f"[yellow]The embedded model does not know {words}[/]; `octavo info` lists what it knows.")
+
+
+@contextmanager
+def _progress(console: "Console", out: Path | None, components: "Components", preview: bool) -> Iterator["Watcher"]:
+    """A bar with step rate and time left, and the preview file if wanted."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    shown = None
+    with Progress(*columns, console=console, transient=True, disable=console.quiet) as bar:
+        task = bar.add_task("", total=None, rate="")
+
+        def watch(progress: "Report") -> None:
+            nonlocal shown
+            of = f" {progress.picture + 1}/{progress.pictures}" if progress.pictures > 1 else ""
+            speed = bar.tasks[0].speed
+            bar.update(
+                task,
+                description=f"{progress.stage}{of}",
+                total=progress.steps or None,
+                completed=progress.step,
+                rate=f"{speed:.2f} it/s" if speed else "",
+            )
+            if preview and progress.denoised is not None:
+                shown = components.preview(progress.denoised)
+                path = (out.parent if out and out.suffix else out) or Path("output")
+                path.mkdir(parents=True, exist_ok=True)
+                shown.save(path / "preview.png")
+
+        yield watch

@@ -1,0 +1,73 @@
+"""`octavo`: the table of commands, and how errors reach the shell.
+
+Commands live in the module of the same name. An `OctavoError` becomes one message and exit code 2, Ctrl-C exit code
+130; anything else is a fault of ours and keeps its traceback.
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from octavo._version import __version__
+from octavo.cli.generate import generate
+from octavo.cli.info import info
+from octavo.cli.models import models
+from octavo.cli.pull import pull
+from octavo.cli.train import train
+from octavo.errors import OctavoError
+
+HELP = """Stable Diffusion 3.5 in 8 bits.
+
+Try it:  octavo generate "a large red star on a blue background"
+
+Models are read from ./models (the layout of ComfyUI) or from $OCTAVO_MODELS; without any, a small embedded model draws.
+"""
+
+app = typer.Typer(
+    name="octavo", help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich"
+)
+app.command()(generate)
+app.command()(info)
+app.command()(models)
+app.command()(pull)
+app.add_typer(train, name="train")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"octavo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the `octavo` command."""
+    try:
+        app()
+    except OctavoError as error:
+        from rich.console import Console
+
+        Console(stderr=True).print(f"[bold red]octavo:[/] {_escaped(error)}", soft_wrap=True, highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("octavo: stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output has left (`octavo models | head`): nothing is left to say, and to whom.
+        sys.stderr.close()
+        sys.exit(141)
+
+
+def _escaped(error: Exception) -> str:
+    from rich.markup import escape
+
+    return escape(str(error))

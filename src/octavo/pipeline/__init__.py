@@ -1,0 +1,1 @@
+"""Prompt to picture; start reading at `generate`."""

@@ -1,0 +1,165 @@
+"""The parts of a model, loaded when first needed, and made to leave where memory is short.
+
+Finding the files that make up a model is `assemble`'s business.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Generic, TypeVar, cast
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from octavo.checkpoint.detect import Config
+from octavo.checkpoint.kinds import TITLES
+from octavo.checkpoint.load import load_part
+from octavo.checkpoint.plan import plan_part
+from octavo.checkpoint.presets import Preset
+from octavo.checkpoint.source import Located
+from octavo.devices import free_bytes
+from octavo.models import VAE, MMDiT, MMDiTConfig
+from octavo.pipeline.decode import decode, to_uint8
+from octavo.pipeline.encode import TextEncoders
+from octavo.pipeline.latents import FACTOR
+
+M = TypeVar("M", bound=nn.Module, covariant=True)
+
+SPARE = 512 << 20  # bytes that stay free beside a part, for its work
+DECODE_BYTES_PER_PIXEL = 2600  # of the released VAE at its widest, in float32: five maps of 128 channels
+
+
+class Part(Generic[M]):
+    """One model of a file. Its shape is known and checked at once; its weights are read when it is first called.
+
+    Attributes:
+        path: of its file.
+        config: its configuration.
+        nbytes: of its weights when loaded.
+        linears: how many linear layers it has.
+        fp8_linears: how many of them keep FP8 weights.
+    """
+
+    def __init__(self, located: Located, device: torch.device, dtype: torch.dtype) -> None:
+        plan = plan_part(located)
+        self.path: Path = located.file.path
+        self.title = TITLES[located.part.kind]
+        self.config: Config = plan.config
+        self.device, self.dtype = device, dtype
+        self.linears, self.fp8_linears = len(plan.linears), len(plan.fp8_linears)
+        self.nbytes = sum(
+            tensor.numel() * (1 if tensor.dtype.itemsize == 1 else dtype.itemsize)
+            for tensor in plan.model.state_dict().values()
+        )
+        self._located = located
+        self._model: M | None = None
+
+    @property
+    def loaded(self) -> bool:
+        """Whether its weights are in memory."""
+        return self._model is not None
+
+    def __call__(self) -> M:
+        """The model, loaded."""
+        if self._model is None:
+            self._model = cast(M, load_part(plan_part(self._located), self.device, self.dtype))
+            self._located.file.close()
+        return self._model
+
+    def release(self) -> None:
+        """Give its memory back; the next call loads it again."""
+        self._model = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class Components:
+    """A model ready to draw; made by `octavo.load`.
+
+    Attributes:
+        name: of the model's file or folder; `octavo.load` finds it again by this.
+        mmdit, vae, encoders: its parts; call one to have it loaded.
+        text: what turns prompts into conditioning.
+        preset: settings that suit the model.
+        embedded: whether it is the small model of the package.
+        warnings: what the user should know before drawing with it.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        mmdit: Part[MMDiT],
+        vae: Part[VAE],
+        encoders: Sequence[Part[nn.Module]],
+        text: TextEncoders,
+        preset: Preset,
+        embedded: bool = False,
+        warnings: Sequence[str] = (),
+        tiled_vae: bool | None = None,
+    ) -> None:
+        self.name, self.preset, self.embedded, self.warnings = name, preset, embedded, tuple(warnings)
+        self.mmdit, self.vae, self.encoders, self.text = mmdit, vae, tuple(encoders), text
+        self._tiled_vae = tiled_vae
+
+    @property
+    def device(self) -> torch.device:
+        """Where the work is done."""
+        return self.mmdit.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the work is done, FP8 weights aside."""
+        return self.mmdit.dtype
+
+    @property
+    def max_side(self) -> int:
+        """Longest side of a picture in pixels: as far as the table of positions goes."""
+        config = self.mmdit.config
+        assert isinstance(config, MMDiTConfig)
+        return config.pos_embed_size * config.patch_size * FACTOR
+
+    @property
+    def headline(self) -> str:
+        """One line for people: what draws, where and how."""
+        fp8 = f", {self.mmdit.fp8_linears} of {self.mmdit.linears} linears in FP8" if self.mmdit.fp8_linears else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.preset.name} ({self.name}) on {self.device} in {dtype}{fp8}"
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words that no encoder of this model has a token for; none where all text can be spelled."""
+        return self.text.tokenizers.unknown_words(prompt)
+
+    def make_room_for(self, part: Part[nn.Module], *done: Part[nn.Module]) -> None:
+        """Release those that are `done` if `part` would not fit beside them."""
+        free = free_bytes(self.device)
+        if free is not None and not part.loaded and part.nbytes + SPARE > free:
+            for each in done:
+                each.release()
+
+    def wants_tiles(self, width: int, height: int) -> bool:
+        """Whether a picture of this size is decoded in tiles: as asked, else if whole it would not fit."""
+        if self._tiled_vae is not None:
+            return self._tiled_vae
+        free = free_bytes(self.device)
+        return free is not None and width * height * DECODE_BYTES_PER_PIXEL > free
+
+    def preview(self, denoised: Tensor) -> Image.Image:
+        """A quick look at unfinished latents [1, 16, h, w]."""
+        if self.embedded:
+            pixels = to_uint8(decode(self.vae(), denoised))
+        else:
+            factors = torch.tensor(LATENT_TO_RGB, dtype=torch.float32)
+            rgb = denoised.float().cpu().movedim(1, -1) @ factors + torch.tensor(LATENT_TO_RGB_BIAS)
+            pixels = to_uint8(rgb.movedim(-1, 1))
+        return Image.fromarray(pixels[0].cpu().numpy())
+
+
+# Least-squares colours of the released VAE's latent channels, as ComfyUI uses them for its previews of SD3.
+LATENT_TO_RGB = (
+    (-0.0922, -0.0175, 0.0749), (0.0311, 0.0633, 0.0954), (0.1994, 0.0927, 0.0458), (0.0856, 0.0339, 0.0902),
+    (0.0587, 0.0272, -0.0496), (-0.0006, 0.1104, 0.0309), (0.0978, 0.0306, 0.0427), (-0.0042, 0.1038, 0.1358),
+    (-0.0194, 0.0020, 0.0669), (-0.0488, 0.0130, -0.0268), (0.0922, 0.0988, 0.0951), (-0.0278, 0.0524, -0.0542),
+    (0.0332, 0.0456, 0.0895), (-0.0069, -0.0030, -0.0810), (-0.0596, -0.0465, -0.0293), (-0.1448, -0.1463, -0.1189),
+)  # fmt: skip
+LATENT_TO_RGB_BIAS = (0.2394, 0.2135, 0.1925)
