@@ -1,7 +1,7 @@
 """A flow whose exact solution is known: data drawn from N(0, 0.5**2).
 
-At level sigma the mixture has the variance `0.25 * (1 - sigma)**2 + sigma**2`. The best estimate of the data is linear in
-x, and the flow only scales: x divided by the mixture's deviation never changes. So noise x ends as 0.5 x.
+At level sigma the mixture has the variance `0.25 * (1 - sigma)**2 + sigma**2`. The best estimate of the data is linear
+in x, and the flow only scales: x divided by the mixture's deviation never changes. So noise x ends as 0.5 x.
 """
 
 import math

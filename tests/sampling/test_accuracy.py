@@ -163,7 +163,7 @@ def test_samplers_with_the_classical_noise_rule_return_too_much_variation(name: 
 )
 def test_cfg_pp_without_guidance_is_the_plain_sampler(guided: str, plain: str) -> None:
     x = torch.tensor([1.0, -2.0], dtype=torch.float64)
-    sigmas = geometric(1.0, 0.05, 9) + [0.0]
+    sigmas = [*geometric(1.0, 0.05, 9), 0.0]
     torch.testing.assert_close(
         sample(SAMPLERS[guided](x, sigmas), denoise_guided), sample(SAMPLERS[plain](x, sigmas), denoise)
     )

@@ -75,7 +75,9 @@ def test_run_equals_comfyui(cases: dict[str, Any], tensors: dict[str, Tensor], n
     else:
         pairs = recorded.get("noise_sigma_pairs", [])
         assert len(drawn) == len(pairs)
-        assert [level for pair in drawn for level in pair] == pytest.approx(sum(pairs, []), abs=1e-6)
+        assert [level for pair in drawn for level in pair] == pytest.approx(
+            [level for pair in pairs for level in pair], abs=1e-6
+        )
 
 
 @pytest.mark.parametrize("case", ["a", "b"])

@@ -27,6 +27,8 @@ def er_sde(
 
     Source: Cui et al. 2023 (arXiv 2309.06169), VP ER-SDE-Solver-3 and the scale `n * (exp(n**0.3) + 10)`.
     """
+    if len(sigmas) < 2:
+        return x
     sigmas = off_pure_noise(sigmas, shift)
     ratios = [sigma / (1 - sigma) for sigma in sigmas]
     denoised_before: Tensor | None = None

@@ -118,7 +118,8 @@ def beta(steps: int, shift: float) -> Tensor:
         from scipy.special import betaincinv
     except ImportError as missing:
         raise MissingExtraError("The beta schedule needs SciPy; run: pip install scipy") from missing
-    exact = [1 + float(betaincinv(0.6, 0.6, 1 - k / steps)) * (TIMESTEPS - 1) for k in range(steps)]
+    quantiles: list[float] = betaincinv(0.6, 0.6, [1 - k / steps for k in range(steps)]).tolist()
+    exact = [1 + quantile * (TIMESTEPS - 1) for quantile in quantiles]
     rounded = [round(rank) for rank in exact]
     return _trained(rounded if len(set(rounded)) == steps else exact, shift)
 
@@ -126,7 +127,8 @@ def beta(steps: int, shift: float) -> Tensor:
 def karras(steps: int, shift: float) -> Tensor:
     """Equal steps of sigma to the power of 1/7; Karras et al. 2022 (arXiv 2206.00364), equation 5."""
     low = _lowest(shift) ** (1 / 7)
-    return (1 + torch.linspace(0, 1, steps) * (low - 1)) ** 7.0
+    roots: Tensor = 1 + torch.linspace(0, 1, steps) * (low - 1)
+    return roots**7
 
 
 def exponential(steps: int, shift: float) -> Tensor:
@@ -160,7 +162,7 @@ SCHEDULES: Mapping[str, Schedule] = MappingProxyType({levels.__name__: levels fo
 
 
 def _trained(ranks: Sequence[float], shift: float) -> Tensor:
-    """The levels that were trained as numbers `ranks` of 1000, counted from the lowest as 1; in between for fractions."""
+    """The trained levels number `ranks` of 1000, counted from the lowest as 1; between two of them for fractions."""
     # Fractions need float64, or close ones would be equal.
     dtype = torch.float32 if all(isinstance(rank, int) for rank in ranks) else torch.float64
     return shift_sigma(torch.tensor(ranks, dtype=dtype) / TIMESTEPS, shift)
