@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from octavo.fp8 import E4M3FN, E5M2, Fp8Linear, LinearSpec, Scaled, dequantize, quantize
+from octavo.fp8 import E5M2, Fp8Linear, LinearSpec, Scaled, dequantize, quantize
 from octavo.quantize import convert
 
 SPECS = [LinearSpec(), LinearSpec(granularity="row"), LinearSpec(format=E5M2, input_scale=True, full_precision=True)]
@@ -31,21 +31,6 @@ def test_output_is_that_of_the_dequantized_weight(spec: LinearSpec, dtype: torch
     assert out.dtype == dtype
     assert torch.equal(out, F.linear(x, expected_weight, plain.bias.to(dtype)))
     assert isinstance(model[2], nn.Linear)
-
-
-def test_a_model_on_meta_is_converted_without_memory() -> None:
-    with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(2**17, 2**17), nn.Linear(8, 8))
-    convert(model, {"0": LinearSpec(granularity="row")})
-    linear = model[0]
-    assert isinstance(linear, Fp8Linear)
-    assert {
-        name: (tensor.dtype, tuple(tensor.shape), tensor.device.type) for name, tensor in linear.state_dict().items()
-    } == {
-        "q": (torch.float8_e4m3fn, (2**17, 2**17), "meta"),
-        "scale": (torch.float32, (2**17, 1), "meta"),
-        "bias": (torch.float32, (2**17,), "meta"),
-    }
 
 
 @pytest.mark.parametrize("change", [nn.Module.half, nn.Module.bfloat16, nn.Module.double], ids=lambda f: f.__name__)
@@ -82,11 +67,6 @@ def test_gradients_reach_the_input() -> None:
     linear(x).sum().backward()
     assert x.grad is not None
     assert torch.allclose(x.grad, dequantize(Scaled(linear.q, linear.scale)).sum(0).expand(3, 6))
-
-
-def test_only_linear_layers_can_be_converted() -> None:
-    with pytest.raises(AssertionError, match="'1' is not a linear layer but a SiLU"):
-        convert(small_model(), {"1": LinearSpec(format=E4M3FN)})
 
 
 def test_it_tells_what_it_is() -> None:
