@@ -1,0 +1,1 @@
+"""Measurements, beside the tests: `python -m benchmarks.NAME` prints JSON lines."""
