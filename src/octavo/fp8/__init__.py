@@ -1,18 +1,34 @@
-"""Numbers of eight bits: the formats, scaling into and out of them, and the linear layer that keeps its weight so."""
+"""Numbers of eight bits: the formats, scaling into and out of them, the linear layer that keeps its weight so, and the
+ways to multiply by it. Start reading at `scale`, then `linear`; `prepare` settles how a loaded model multiplies."""
 
+from octavo.fp8.backends import Backend, Choice, Mode, Problem, choose_backend
+from octavo.fp8.finite import all_finite, watch
 from octavo.fp8.formats import E4M3FN, E5M2, FORMATS, Fp8Format
 from octavo.fp8.linear import Fp8Linear, LinearSpec
+from octavo.fp8.matmul import BACKENDS
+from octavo.fp8.prepare import Paths, paths, prepare
 from octavo.fp8.scale import Granularity, Scaled, dequantize, quantize
 
 __all__ = [
+    "BACKENDS",
     "E4M3FN",
     "E5M2",
     "FORMATS",
+    "Backend",
+    "Choice",
     "Fp8Format",
     "Fp8Linear",
     "Granularity",
     "LinearSpec",
+    "Mode",
+    "Paths",
+    "Problem",
     "Scaled",
+    "all_finite",
+    "choose_backend",
     "dequantize",
+    "paths",
+    "prepare",
     "quantize",
+    "watch",
 ]

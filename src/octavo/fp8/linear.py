@@ -1,18 +1,21 @@
 """A linear layer whose weight stays in FP8 in memory.
 
-The forward here is the plain definition: dequantize at use, multiply in the input's dtype. Which layers become such
+How it multiplies is settled once, by `prepare`; until then it follows the plain definition. Which layers become such
 layers is for `quantize`, filling them from files for `checkpoint`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from octavo.errors import RequestError
+from octavo.fp8.backends import Backend, Choice, Mode, Problem
 from octavo.fp8.formats import E4M3FN, Fp8Format
+from octavo.fp8.matmul import PLAIN
 from octavo.fp8.scale import Granularity, Scaled, dequantize
 
 
@@ -27,21 +30,26 @@ class LinearSpec:
 
 
 class Fp8Linear(nn.Module):
-    """y = x · (q · scale)ᵀ + bias.
+    """y = x · (q · scale)ᵀ + bias, and + x · lora_downᵀ · lora_upᵀ where it has that branch.
 
     Attributes:
-        q: [out, in] FP8 weight.
+        q: [out, in] FP8 weight; on the meta device once a twin has taken its place.
         scale: [] or [out, 1] float32; the weight is q · scale.
         input_scale: [] float32, for arithmetic that rounds the input to FP8 too, or None.
         bias: [out] in the compute dtype, or None.
+        lora_down, lora_up: [r, in] and [out, r] in the compute dtype, or None.
+        choice: the backend with the reasons against the others, or None before `prepare`.
 
     `q` and the scales keep their dtypes under `.to(dtype)`, `.half()` and the like, which only move them: another dtype
-    would undo the quantization. They are buffers, so that optimizers leave them alone.
+    would undo the quantization. They are buffers, so that optimizers leave them alone. A layer that moves to another
+    device has to be prepared again.
     """
 
     q: Tensor
     scale: Tensor
     input_scale: Tensor | None
+    lora_down: nn.Parameter | None
+    lora_up: nn.Parameter | None
 
     def __init__(
         self,
@@ -64,23 +72,126 @@ class Fp8Linear(nn.Module):
         self.bias = (
             nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype), requires_grad=False) if bias else None
         )
+        self.register_parameter("lora_down", None)
+        self.register_parameter("lora_up", None)
+        self.choice: Choice | None = None
+        self._twin: Scaled | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out], both in x's dtype."""
-        weight = dequantize(Scaled(self.q, self.scale), x.dtype)
-        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        backend = PLAIN if self.choice is None else self.choice.backend
+        rows = x.reshape(-1, self.in_features)
+        y: Tensor
+        if torch.is_grad_enabled() and (rows.requires_grad or (self.bias is not None and self.bias.requires_grad)):
+            y = _Multiply.apply(rows, self._weight_to_differentiate(), self.bias, self.input_scale, backend)  # type: ignore[no-untyped-call]
+        else:
+            y = backend.run(rows, self._twin or Scaled(self.q, self.scale), self.bias, self.input_scale)
+        if self.lora_down is not None and self.lora_up is not None:
+            y = y + F.linear(F.linear(rows, self.lora_down.to(x.dtype)), self.lora_up.to(x.dtype))
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def problem(self, dtype: torch.dtype, mode: Mode = "exact") -> Problem:
+        """What a backend would have to do for inputs of `dtype`, where the layer is now."""
+        return Problem(
+            N=self.out_features,
+            K=self.in_features,
+            format=self.spec.format,
+            granularity=self.spec.granularity,
+            dtype=dtype,
+            device="",
+            full_precision=self.spec.full_precision,
+            mode=mode,
+        ).on(self.scale.device)
+
+    def use(self, choice: Choice) -> None:
+        """Multiply by this backend from now on.
+
+        A backend with a form of its own for the weight gets that made, and `q` gives its memory back.
+
+        Raises:
+            RequestError: `q` was given up before, for a backend that is no longer wanted.
+        """
+        if self._twin is not None:
+            if self.choice is not None and self.choice.backend is choice.backend:
+                return
+            raise RequestError(_given_up(self.choice))
+        if choice.backend.twin is not None:
+            self._twin = choice.backend.twin(Scaled(self.q, self.scale))
+            self.q = self.q.to("meta")
+        self.choice = choice
+
+    def set_low_rank(self, down: Tensor | None, up: Tensor | None) -> None:
+        """Add x · downᵀ · upᵀ to the output; a LoRA's strength is part of `up`, and several lie side by side in r.
+
+        Args:
+            down: [r, in], or None to take the branch off.
+            up: [out, r], or None.
+        """
+        if down is not None and up is not None:
+            assert down.shape[1] == self.in_features, f"down is {list(down.shape)}, needed [r, {self.in_features}]"
+            expected = (self.out_features, down.shape[0])
+            assert up.shape == expected, f"up is {list(up.shape)}, needed {list(expected)}"
+        self.lora_down = None if down is None else nn.Parameter(down, requires_grad=down.requires_grad)
+        self.lora_up = None if up is None else nn.Parameter(up, requires_grad=up.requires_grad)
 
     def extra_repr(self) -> str:
+        path = "" if self.choice is None else f", multiplied by {self.choice.backend.name}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"{self.spec.format.name} by {self.spec.granularity}"
+            f"{self.spec.format.name} by {self.spec.granularity}{path}"
         )
+
+    def _weight_to_differentiate(self) -> Scaled:
+        if self._twin is not None:
+            raise RequestError(_given_up(self.choice))
+        return Scaled(self.q, self.scale)
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        device = self.scale.device
+        if self._twin is not None:
+            self._buffers["q"] = None  # what has no memory cannot be moved
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        moved = self.scale.device != device
+        if self._twin is not None:
+            self.q = kept.pop("q")
+            if moved:
+                raise RequestError(_given_up(self.choice))
         for name, before in kept.items():
             after: Tensor = getattr(self, name)
             if after.dtype != before.dtype:
                 setattr(self, name, before.to(after.device))
+        if moved:
+            self.choice = None
         return self
+
+
+class _Multiply(torch.autograd.Function):
+    """Any backend forwards; the plain definition's gradient backwards, straight through whatever a backend rounds."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Tensor | None, backend: Backend
+    ) -> Tensor:
+        ctx.weight, ctx.bias_dtype = weight, None if bias is None else bias.dtype
+        return backend.run(x, weight, bias, input_scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
+        (gradient,) = gradients
+        of_x, _, of_bias, _, _ = ctx.needs_input_grad
+        return (
+            gradient @ dequantize(ctx.weight, gradient.dtype) if of_x else None,
+            None,
+            gradient.sum(0).to(ctx.bias_dtype) if of_bias else None,
+            None,
+            None,
+        )
+
+
+def _given_up(choice: Choice | None) -> str:
+    name = "another" if choice is None else f"the '{choice.backend.name}'"
+    return (
+        f"The FP8 weights were given up for {name} form, which can neither be moved nor trained nor changed back. "
+        "Load the model again, in mode 'exact' if it shall be more than run."
+    )

@@ -1,0 +1,175 @@
+"""A loaded model's FP8 layers get their backends once, keep them, and tell."""
+
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from octavo.errors import RequestError
+from octavo.fp8 import E4M3FN, E5M2, Fp8Linear, LinearSpec, dequantize, paths, prepare
+from octavo.fp8.backends import Backend, DivisibleBy, OnDevice
+from octavo.fp8.matmul import PLAIN, plain_matmul
+from octavo.fp8.prepare import seconds
+from octavo.fp8.scale import Scaled
+from octavo.models import MMDiT, MMDiTConfig, T5Config, T5Encoder
+from octavo.quantize import convert
+
+CPU = torch.device("cpu")
+
+
+def small_model(spec: LinearSpec | None = None) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 64), nn.GELU(), nn.Linear(64, 32), nn.Linear(32, 8))
+    convert(model, {"0": spec or LinearSpec(), "2": LinearSpec(format=E5M2, granularity="row")})
+    return model
+
+
+def all_linears(model: nn.Module) -> dict[str, LinearSpec]:
+    return {name: LinearSpec() for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def test_unprepared_layers_follow_the_definition_and_say_so() -> None:
+    assert str(paths(small_model())) == "2 of 3 linears in FP8: 2 by plain (not prepared)"
+
+
+def test_on_a_cpu_the_cpu_path_is_on_and_gives_the_definitions_numbers() -> None:
+    model = small_model()
+    x = torch.randn(3, 5, 48)
+    before = model(x)
+    report = prepare(model, CPU, torch.float32)
+    linear = model[0]
+    assert isinstance(linear, Fp8Linear)
+    assert linear.choice is not None
+    assert linear.choice.backend.name in {"cpu", "cpu-blas"}
+    assert report.fp8 == 2
+    assert PLAIN.name not in report.layers
+    assert f"multiplied by {linear.choice.backend.name}" in repr(linear)
+    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+
+
+def test_reasons_are_counted_over_the_layers() -> None:
+    picky = Backend(name="picky", run=plain_matmul, needs=(DivisibleBy("K", 48),))
+    absent = Backend(name="absent", run=plain_matmul, needs=(OnDevice("cuda"),))
+    report = prepare(small_model(), CPU, torch.float32, backends=[absent, picky, PLAIN])
+    assert report.layers == {"picky": 1, "plain": 1}
+    assert report.reasons == {
+        "absent": {"runs on cuda, this is cpu": 2},
+        "picky": {"K=64 is not divisible by 48": 1},
+        "plain": {"'picky' comes before it": 1},
+    }
+
+
+def test_measuring_never_leaves_a_slower_path() -> None:
+    def sleepy(*arguments: object) -> torch.Tensor:
+        time.sleep(0.02)
+        return plain_matmul(*arguments)  # type: ignore[arg-type]
+
+    slow = Backend(name="slow", run=sleepy)
+    report = prepare(small_model(), CPU, torch.float32, measure=True, backends=[slow, PLAIN])
+    assert report.layers == {"plain": 2}
+    assert all("times as slow as 'plain'" in reason for reason in report.reasons["slow"])
+    assert seconds.cache_info().currsize > 0
+
+
+def test_moving_keeps_the_choice_on_the_device_and_undoes_it_elsewhere() -> None:
+    model = small_model()
+    prepare(model, CPU, torch.float32)
+    model.to(CPU)
+    assert "not prepared" not in str(paths(model))
+    model.to("meta")
+    assert "not prepared" in str(paths(model))
+
+
+@pytest.mark.gradients
+def test_gradients_are_those_of_the_definition_on_any_path() -> None:
+    gradients = []
+    for prepared in (False, True):
+        model = small_model()
+        if prepared:
+            prepare(model, CPU, torch.float32)
+        linear = model[0]
+        assert isinstance(linear, Fp8Linear)
+        assert linear.bias is not None
+        linear.bias.requires_grad_(True)
+        x = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        model(x).square().sum().backward()
+        assert x.grad is not None
+        assert linear.bias.grad is not None
+        gradients.append((x.grad, linear.bias.grad))
+    for plain, fast in zip(*gradients, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5)
+
+
+def by_wide_twin(
+    x: torch.Tensor, weight: Scaled, bias: torch.Tensor | None, _input_scale: torch.Tensor | None
+) -> torch.Tensor:
+    assert weight.q.dtype == torch.float32
+    return F.linear(x, weight.q, bias)
+
+
+WIDE = Backend(name="wide", run=by_wide_twin, twin=lambda weight: Scaled(dequantize(weight), torch.ones(())))
+
+
+@pytest.mark.gradients
+def test_a_twin_takes_the_place_of_the_weight() -> None:
+    model = small_model()
+    x = torch.randn(5, 48)
+    before = model(x)
+    prepare(model, CPU, torch.float32, backends=[WIDE, PLAIN])
+    linear = model[0]
+    assert isinstance(linear, Fp8Linear)
+    assert linear.q.is_meta
+    assert linear.q.dtype == E4M3FN.dtype
+    torch.testing.assert_close(model(x), before)
+    model.to(CPU).bfloat16().float()
+    torch.testing.assert_close(model(x), before, rtol=0.02, atol=0.02)  # the biases went through bfloat16
+    prepare(model, CPU, torch.float32, backends=[WIDE, PLAIN])
+    with pytest.raises(RequestError, match="given up for the 'wide' form"):
+        prepare(model, CPU, torch.float32)
+    with pytest.raises(RequestError, match="given up for the 'wide' form"):
+        model(x.requires_grad_())
+    with pytest.raises(RequestError, match="given up for the 'wide' form"):
+        model.to("meta")
+
+
+@pytest.mark.parametrize("which", ["mmdit", "t5"])
+@torch.no_grad()
+def test_whole_models_give_the_same_on_the_cpu_path(which: str) -> None:
+    torch.manual_seed(0)
+    run: object
+    if which == "mmdit":
+        config = MMDiTConfig(
+            depth=2,
+            width=128,
+            heads=2,
+            dual_attention=(0,),
+            qk_norm=True,
+            context_width=64,
+            pooled_width=32,
+            pos_embed_size=8,
+        )
+        mmdit = MMDiT(config)
+        latents, context, pooled = torch.randn(2, 16, 6, 4), torch.randn(2, 7, 64), torch.randn(2, 32)
+        model: nn.Module = mmdit
+
+        def run() -> torch.Tensor:
+            return mmdit(latents, context, mmdit.modulation(torch.tensor([900.0, 30.0]), pooled))
+    else:
+        t5 = T5Encoder(T5Config(width=64, layers=2, heads=4, head_width=16, mlp_width=96, vocab_size=50))
+        model = t5
+        tokens = torch.randint(50, (2, 9))
+
+        def run() -> torch.Tensor:
+            return t5(tokens)
+
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    specs = all_linears(model)
+    convert(model, specs)
+    expected = run()
+    report = prepare(model, "cpu", torch.float32)
+    assert report.fp8 == len(specs) == report.linears
+    torch.testing.assert_close(run(), expected, rtol=1e-4, atol=1e-4)
