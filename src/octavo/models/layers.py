@@ -70,7 +70,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         out: Tensor = self.proj(latents)
-        return out.flatten(2).transpose(1, 2)
+        # In the order of the tokens: every residual keeps these strides, and norms would copy each time.
+        return out.flatten(2).transpose(1, 2).contiguous()
 
 
 class RMSNorm(nn.Module):

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from octavo.devices import whole_processor
 from octavo.errors import NumericsError
 from octavo.pipeline.components import Components
 from octavo.pipeline.decode import OVERLAP, TILE, decode, to_uint8
@@ -66,14 +67,15 @@ def generate_each(
     Each is made alone, not as one row of a batch: it then comes out the same, bit for bit, when its settings are run
     again, whatever it was made together with.
     """
-    with torch.inference_mode():
-        job = resolve(request, components.preset, model=components.name, max_side=components.max_side)
-        watch = watch or (lambda _progress: None)
-        track = prepare(components, job, watch)
-        for i in range(job.batch):
-            yield draw(components, replace(job, seed=job.seed + i, batch=1), track, watch, i, job.batch)
+    job = resolve(request, components.preset, model=components.name, max_side=components.max_side)
+    watch = watch or (lambda _progress: None)
+    track = prepare(components, job, watch)
+    for i in range(job.batch):
+        yield draw(components, replace(job, seed=job.seed + i, batch=1), track, watch, i, job.batch)
 
 
+@torch.inference_mode()
+@whole_processor()
 def prepare(components: Components, job: Job, watch: Watcher) -> Track:
     """Words to numbers: all that the pictures of a job share."""
     watch(Progress("encode", 0, job.batch))
@@ -90,6 +92,8 @@ def prepare(components: Components, job: Job, watch: Watcher) -> Track:
     return Track(positive=positive, negative=negative, guidance=guidance, shift=job.shift)
 
 
+@torch.inference_mode()
+@whole_processor()
 def draw(components: Components, job: Job, track: Track, watch: Watcher, index: int, pictures: int) -> Picture:
     """One picture, from its first latents to its pixels."""
     # What to start from
