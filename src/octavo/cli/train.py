@@ -1,11 +1,14 @@
 """`octavo train demo`: make the embedded model again, or a better one."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from octavo.errors import RequestError
+
+if TYPE_CHECKING:
+    from octavo.models import VAE
 
 train = typer.Typer(help="Train models.", no_args_is_help=True)
 
@@ -29,6 +32,7 @@ def demo(
     minutes: Annotated[float, typer.Option(min=0.01, help="Time for this stage, over all calls.")],
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    preset: Annotated[str, typer.Option(help="Batch and data to suit a machine: cpu or h200.")] = "cpu",
     batch: Annotated[int | None, typer.Option(min=1, help="Pictures a step.")] = None,
     depth: Annotated[int | None, typer.Option(min=1, help="Blocks of the MMDiT; its width is 64 times this.")] = None,
     size: Annotated[int | None, typer.Option(min=32, help="Pixels a side.")] = None,
@@ -44,8 +48,10 @@ def demo(
 
     if device not in ("cpu", "cuda") and not device.startswith("cuda:"):
         raise RequestError(f"device {device!r} is not known; use cpu or cuda.")
-    given = {"batch": batch, "depth": depth, "size": size}
-    recipe = replace(job.DemoRecipe(), **{name: value for name, value in given.items() if value is not None})
+    if preset not in job.PRESETS:
+        raise RequestError(f"preset {preset!r} is not known; there are {', '.join(job.PRESETS)}.")
+    recipe = job.PRESETS[preset]
+    recipe = replace(recipe, batch=batch or recipe.batch, depth=depth or recipe.depth, size=size or recipe.size)
     budget = Budget(minutes=minutes)
     out.mkdir(parents=True, exist_ok=True)
 
@@ -53,10 +59,27 @@ def demo(
         print(line, flush=True)
 
     if stage == 0:
-        job.train_vae(out, budget=budget, recipe=recipe, device=device, report=report)
+        vae = job.train_vae(out, budget=budget, recipe=recipe, device=device, report=report)
+        _train_checker(vae, recipe.size, out / "checker.safetensors")
         return
     job.train_stage(out, stage, budget=budget, recipe=recipe, device=device, report=report)
     job.look(out, stage, recipe=recipe, device=device)
     if export_to is not None:
         for path in job.export_run(out, export_to, recipe=recipe):
             report(f"{path}  {path.stat().st_size:,} bytes")
+
+
+def _train_checker(vae: "VAE", size: int, path: Path) -> None:
+    """Teach the checker the shapes as this VAE shows them, and write it beside the VAE."""
+    import torch
+    from torch import Tensor
+
+    from octavo.checkpoint.save import save_safetensors
+    from octavo.evaluate.checker import train_classifier
+
+    def reconstruct(pixels: Tensor) -> Tensor:
+        with torch.no_grad():
+            return vae.decode(vae.encode(pixels.to(next(vae.parameters()).device))[:, :16]).cpu()
+
+    classifier = train_classifier(reconstruct, size=size)
+    save_safetensors(path, {name: tensor.half() for name, tensor in classifier.state_dict().items()})

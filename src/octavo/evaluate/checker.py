@@ -239,7 +239,7 @@ def train_classifier(
         rows = torch.randint(len(x), (256,), generator=generator)
         loss = F.cross_entropy(classifier(x[rows] + 0.05 * torch.randn(256, SIDE * SIDE, generator=generator)), y[rows])
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * (1 - step / steps)

@@ -29,6 +29,8 @@ def questions(stage: int, count: int, seed: int = 0) -> list[Question]:
     while len(asked) < count:
         unseen = len(asked) % 2 == 1
         scene = sample_scene(rng, stage, held_out=True)
+        if unseen and not scene.says_background:  # too short to be worded in unheard-of ways
+            continue
         prompt = caption(scene, rng, unseen=unseen)
         asked.setdefault(prompt, Question(prompt, scene, unseen))
     return list(asked.values())

@@ -133,6 +133,8 @@ def fold_statistics(vae: VAE, batches: Callable[[int], Tensor], *, noise: float,
     latents = torch.cat([vae.encode(batches(i))[:, :16] for i in range(count)])
     std, mean = (t.float() for t in torch.std_mean(latents.double(), dim=(0, 2, 3)))
     last, first = vae.encoder.conv_out, vae.decoder.conv_in
+    assert last.bias is not None
+    assert first.bias is not None
     last.weight[:16] /= (std * SCALE)[:, None, None, None]
     last.bias[:16] = (last.bias[:16] - mean) / (std * SCALE) + SHIFT
     last.weight[16:] = 0

@@ -10,7 +10,7 @@ import random
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from octavo.train.scenes import MORE_COLOURS, MORE_SHAPES, Scene, Thing
+from octavo.train.scenes import COLOURS, MORE_COLOURS, MORE_SHAPES, SHAPES, Scene, Thing
 
 LONGEST = 18  # words; with a start and an end token a caption fills at most 20 positions
 
@@ -50,21 +50,27 @@ _ADJECTIVES = (
 )
 _PLURALS = MappingProxyType({"cross": "crosses", "plus": "pluses", "box": "boxes", "rhombus": "rhombuses"})
 _NUMBERS = MappingProxyType({2: ("two", "2", "a pair of"), 3: ("three", "3"), 4: ("four", "4")})
+_LINKS = (
+    "a an the one in on at of to with and is that against over under near next beside",
+    "left right top bottom upper lower center centre middle corner side background above below beneath",
+)
+# For captions about lettering, which no stage has yet: a vocabulary cannot grow once a model is trained on it.
+_RESERVED = ("it its by word text letters writing says saying written reads",)
 _UNKNOWN = "unfamiliar"  # a word outside the vocabulary: the model learns to pass over such
 
 
-def words() -> list[str]:
-    """The vocabulary: every word that a caption can hold, sorted."""
-    shapes = [word for shape in MORE_SHAPES for word in _SHAPE_WORDS.get(shape, (shape,))]
-    colours = [word for colour in MORE_COLOURS for word in _COLOUR_WORDS.get(colour, (colour,))]
+def words(stage: int = 4) -> list[str]:
+    """Every word that a caption can hold up to `stage`, sorted; the vocabulary is that of the last stage."""
+    more = stage >= 4
+    shapes = [word for shape in (MORE_SHAPES if more else SHAPES) for word in _SHAPE_WORDS.get(shape, (shape,))]
+    colours = [word for colour in (MORE_COLOURS if more else COLOURS) for word in _COLOUR_WORDS.get(colour, (colour,))]
     phrases = [
-        *shapes, *(_plural(word) for word in shapes), *colours, *_ADJECTIVES, *_OPENINGS,
+        *shapes, *colours, *_ADJECTIVES, *_OPENINGS, *_LINKS,
         *(word for size in _SIZE_WORDS.values() for word in size),
-        *(number for options in _NUMBERS.values() for number in options),
-        "a an the one in on at of to from with and is that it its against over under near next beside by",
-        "left right top bottom upper lower center centre middle corner side background gradient above below beneath",
-        "word text letters writing says saying written reads",
     ]  # fmt: skip
+    if more:
+        numbers = [number for options in _NUMBERS.values() for number in options]
+        phrases += [*(_plural(word) for word in shapes), *numbers, *_RESERVED, "gradient to from"]
     return sorted({word for phrase in phrases for word in phrase.split()})
 
 
@@ -74,7 +80,7 @@ def caption(scene: Scene, rng: random.Random, *, unseen: bool = False) -> str:
     Args:
         scene: what to say; what it marks as unsaid is left out.
         rng: source of chance.
-        unseen: word it in an order that is never used in training.
+        unseen: word it in an order that is never used in training; the scene must say its background.
     """
     while True:
         text = " ".join(_caption(scene, rng, unseen=unseen).split())
@@ -94,21 +100,19 @@ def _caption(scene: Scene, rng: random.Random, *, unseen: bool) -> str:
     if unseen:
         return _unseen_order(scene, what, place, background, rng)
     chance = rng.random()
-    if background and scene.background_end is None and chance < 0.1:
+    if background and scene.background_end is None and chance < 0.08:
         return f"{opening} {_article(_colour(scene.background, rng), rng)} background with {what} {place}"
-    if background and chance < 0.25:
+    if background and chance < 0.2:
         return f"{opening} {background} {what} {place}"
-    if place and chance < 0.4:
+    if place and chance < 0.3:
         return f"{opening} {place} {what} {background}"
-    if place and chance < 0.6:
+    if place and chance < 0.45:
         return f"{opening} {what} {background} {place}"
     return f"{opening} {what} {place} {background}"
 
 
 def _unseen_order(scene: Scene, what: str, place: str, background: str, rng: random.Random) -> str:
     """Orders kept out of training: the opening in the middle, the background as a clause of its own."""
-    if not background:
-        return f"{place} there is {what}"
     orders = [f"{background} there is {what} {place}"]
     if scene.background_end is None:
         colour = _colour(scene.background, rng)

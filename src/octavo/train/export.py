@@ -10,7 +10,7 @@ The headers carry what the model is good for (`octavo.domain`, `octavo.words`) a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from octavo.checkpoint.save import save_safetensors
 from octavo.fp8.scale import quantize
 from octavo.models.vae import VAE
-from octavo.train.captions import words
 from octavo.train.model import DemoModel, tokenizers
 
 NAME = "octavo-demo"
 
 
-def export(model: DemoModel, vae: VAE, tree: Path, *, settings: Mapping[str, object], domain: str) -> list[Path]:
+def export(
+    model: DemoModel, vae: VAE, tree: Path, *, settings: Mapping[str, object], domain: str, known: Sequence[str]
+) -> list[Path]:
     """Write the tree of files; returns their paths.
 
     Args:
@@ -34,11 +35,12 @@ def export(model: DemoModel, vae: VAE, tree: Path, *, settings: Mapping[str, obj
         tree: the folder, as `models` in ComfyUI.
         settings: recommended ones, as `octavo.checkpoint.presets.Preset` names them.
         domain: in a sentence or two, what the model can draw.
+        known: the words it was trained on.
     """
     about = {
         "octavo.settings": json.dumps(dict(settings)),
         "octavo.domain": domain,
-        "octavo.words": " ".join(words()),
+        "octavo.words": " ".join(known),
         "license": "Apache-2.0",
     }
     mmdit = {f"model.diffusion_model.{name}": tensor for name, tensor in _float16(model.mmdit).items()}

@@ -49,8 +49,8 @@ class Progress:
     phase_seconds: float = 0.0
 
 
-def rate_factor(spent: float, steps: int, warm_up: int = 100, decay_from: float = 2 / 3) -> float:
-    """Factor of the step sizes: linear warm-up, level, then linear to zero over the last third."""
+def rate_factor(spent: float, steps: int, warm_up: int = 100, decay_from: float = 0.4) -> float:
+    """Factor of the step sizes: linear warm-up, level, then linear to zero from `decay_from` of the budget on."""
     return min(1.0, (steps + 1) / warm_up) * min(1.0, max(0.0, (1 - spent) / (1 - decay_from)))
 
 

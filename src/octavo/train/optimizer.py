@@ -88,7 +88,7 @@ class Optimizer:
     def _step_others(self, gradients: Mapping[str, Tensor], factor: float) -> None:
         beta1, beta2 = self.settings.betas
         rate = self.settings.other_rate * factor
-        parameters = [self.parameters[name] for name in self.others]
+        parameters: list[Tensor] = [self.parameters[name] for name in self.others]
         grads = [gradients[name] for name in self.others]
         first, second = [self.first[name] for name in self.others], [self.second[name] for name in self.others]
         torch._foreach_lerp_(first, grads, 1 - beta1)
@@ -125,4 +125,5 @@ def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
     for _ in range(iterations):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(matrices.dtype)
+    result: Tensor = x.mT if tall else x
+    return result.to(matrices.dtype)

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from octavo.models.vae import VAE, from_latents
+from octavo.sampling.flow import shift_sigma
 from octavo.train.model import DemoModel, Tokenization
 
 
@@ -23,9 +24,9 @@ def sketch(
     prompts: Sequence[str],
     *,
     size: int,
-    steps: int = 16,
-    guidance_scale: float = 3.0,
-    shift: float = 1.0,
+    steps: int,
+    guidance_scale: float,
+    shift: float,
     seed: int = 0,
 ) -> Tensor:
     """Pictures by plain Euler steps, for a look while training; `octavo.pipeline` is the real thing.
@@ -39,8 +40,7 @@ def sketch(
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn((count, 16, size // 8, size // 8), generator=generator).to(device)
     context, pooled = model.condition(tokenize([*prompts, *[""] * count]).to(device))
-    sigmas = torch.linspace(1, 0, steps + 1)
-    sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
+    sigmas = shift_sigma(torch.linspace(1, 0, steps + 1), shift)
     for sigma, following in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
         modulation = model.mmdit.modulation(torch.full((2 * count,), 1000 * sigma, device=device), pooled)
         velocity = model.mmdit(torch.cat([latents, latents]), context, modulation)

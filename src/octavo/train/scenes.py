@@ -70,7 +70,6 @@ PLACES: Mapping[str, tuple[int, int]] = MappingProxyType(
     }
 )
 RELATIONS = ("left of", "right of", "above", "below")
-STAGES = (1, 2, 3, 4, 5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +87,7 @@ class Thing:
 class Scene:
     """All that a picture shows, and the part of it that a caption must say.
 
-    `kind` is one of "single", "pair", "several", "word". `place`, `size` and `relation` are None where the caption
+    `kind` is one of "single", "pair", "several". `place`, `size` and `relation` are None where the caption
     is to leave them out; `says_background` and `says_colour` are false where the fixed value is shown unsaid.
     """
 
@@ -99,8 +98,6 @@ class Scene:
     place: str | None = None
     size: str | None = None
     relation: str | None = None
-    word: str | None = None
-    word_colour: str | None = None
     says_background: bool = True
     says_colour: bool = True
 
