@@ -199,6 +199,12 @@ def test_levels_close_to_pure_noise_give_finite_numbers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
+def test_levels_close_to_clean_data_give_finite_numbers(name: str) -> None:
+    sigmas = [0.5, 1e-4, 1e-5, 1e-6, 0.0]
+    assert run(SAMPLERS[name], initial_noise(SHAPE, 1), sigmas).isfinite().all()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_the_dtype_of_the_start_is_kept(name: str) -> None:
     spec, x = SAMPLERS[name], initial_noise(SHAPE, 1).double()
     assert run(spec, x, sigmas_for(spec)).dtype == torch.float64
@@ -234,6 +240,13 @@ def test_an_unknown_option_is_refused_with_a_hint() -> None:
         SAMPLERS["euler_ancestral"].with_options(s_noize=1.0)
     with pytest.raises(RequestError, match="It has: none"):
         SAMPLERS["euler"].with_options(eta=1.0)
+
+
+@pytest.mark.parametrize("order", [0, 9])
+@pytest.mark.parametrize("name", ["lms", "deis", "ipndm", "ipndm_v", "uni_pc", "er_sde"])
+def test_an_order_that_a_sampler_does_not_have_is_refused(name: str, order: int) -> None:
+    with pytest.raises(RequestError, match=f"order={order}: this sampler has orders 1 to"):
+        run(SAMPLERS[name].with_options(order=order), initial_noise(SHAPE, 1), [1.0, 0.5, 0.0])
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,9 @@ def ddpm(x: Tensor, sigmas: list[float], *, noise: Noise) -> Sampler:
         d = velocity(x, denoised, sigma)
         # In x's dtype: at low noise 1 - alpha_bar loses digits in float32, and pictures made elsewhere carry that.
         alpha_bar, alpha_bar_next = (1 / (1 + torch.tensor(level, dtype=x.dtype) ** 2) for level in (sigma, sigma_next))
+        if alpha_bar == 1:  # too little noise to be told from none
+            x = denoised
+            continue
         alpha = alpha_bar / alpha_bar_next
         x = (alpha_bar.sqrt() * x - (1 - alpha) / (1 - alpha_bar).sqrt() * d) / alpha.sqrt()
         if sigma_next > 0:

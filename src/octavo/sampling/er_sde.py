@@ -6,7 +6,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from octavo.sampling.flow import DEFAULT_SHIFT, off_pure_noise
-from octavo.sampling.protocol import Noise, Sampler
+from octavo.sampling.protocol import Noise, Sampler, check_order
 
 _POINTS = 200  # of the paper's integrals
 
@@ -27,6 +27,7 @@ def er_sde(
 
     Source: Cui et al. 2023 (arXiv 2309.06169), VP ER-SDE-Solver-3 and the scale `n * (exp(n**0.3) + 10)`.
     """
+    check_order(order, most=3)
     if len(sigmas) < 2:
         return x
     sigmas = off_pure_noise(sigmas, shift)

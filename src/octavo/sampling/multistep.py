@@ -12,7 +12,7 @@ from torch import Tensor
 
 from octavo.sampling.exponential import phi
 from octavo.sampling.flow import velocity
-from octavo.sampling.protocol import Sampler
+from octavo.sampling.protocol import Sampler, check_order
 from octavo.sampling.quadrature import interpolation_weights
 
 
@@ -21,6 +21,7 @@ def lms(x: Tensor, sigmas: list[float], *, order: int = 4) -> Sampler:
 
     Source: Hairer, Nørsett, Wanner, "Solving Ordinary Differential Equations I", section III.5.
     """
+    check_order(order, most=8)
     return (yield from _adams_bashforth(x, sigmas, order, coordinate=lambda sigma: sigma))
 
 
@@ -30,6 +31,7 @@ def deis(x: Tensor, sigmas: list[float], *, order: int = 3) -> Sampler:
     Source: Zhang and Chen 2022 (arXiv 2204.13902), tAB-DEIS; the time is that of Song et al. 2021 (arXiv 2011.13456)
     with the beta range that takes sigma from 0.002 to 80.
     """
+    check_order(order, most=4)
     return (yield from _adams_bashforth(x, sigmas, order, coordinate=_variance_preserving_time))
 
 
@@ -75,6 +77,7 @@ def ipndm(x: Tensor, sigmas: list[float], *, order: int = 4) -> Sampler:
 
     Source: Zhang and Chen 2022 (arXiv 2204.13902), iPNDM, after Liu et al. 2022 (arXiv 2202.09778).
     """
+    check_order(order, most=len(_EQUAL_STEPS))
     slopes: list[Tensor] = []
     for sigma, sigma_next in pairwise(sigmas):
         denoised = yield x, sigma
@@ -83,6 +86,49 @@ def ipndm(x: Tensor, sigmas: list[float], *, order: int = 4) -> Sampler:
         slopes = [velocity(x, denoised, sigma), *slopes][:order]
         x = x + (sigma_next - sigma) * _weighted(_EQUAL_STEPS[len(slopes) - 1], slopes)
     return x
+
+
+def ipndm_v(x: Tensor, sigmas: list[float], *, order: int = 4) -> Sampler:
+    """`ipndm` with weights that follow the lengths of the steps.
+
+    Source: Zhou et al. 2023 (arXiv 2312.00094), the solver iPNDM-v in the code beside the paper.
+    """
+    check_order(order, most=4)
+    slopes: list[Tensor] = []
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        denoised = yield x, sigma
+        if sigma_next == 0:
+            return denoised
+        slopes = [velocity(x, denoised, sigma), *slopes][:order]
+        lengths = [sigmas[i - k + 1] - sigmas[i - k] for k in range(len(slopes))]
+        x = x + (sigma_next - sigma) * _weighted(_ipndm_v_weights(lengths), slopes)
+    return x
+
+
+def _ipndm_v_weights(lengths: list[float]) -> list[float]:
+    """What each slope counts, newest first, given the lengths of this step and of those before it.
+
+    The weights of the second and third differences are those of the authors' code. For unequal steps they are not
+    quite the exact integrals, which `lms` has; the pictures people know are made with these.
+    """
+    if len(lengths) == 1:
+        return [1.0]
+    h, h_1 = lengths[:2]
+    weights = [1 + h / (2 * h_1), -h / (2 * h_1)]
+    if len(lengths) == 2:
+        return weights
+    h_2 = lengths[2]
+    second = (1 - h**2 / (3 * h_1 * (h_1 + h_2))) / 2
+    a = h_1 / h_2
+    weights = [w + second * c for w, c in zip([*weights, 0.0], (1, -1 - a, a), strict=True)]
+    if len(lengths) == 3:
+        return weights
+    h_3 = lengths[3]
+    stretch = h * (h + h_1) * (h + h_1 + h_2) / (h_1 * (h_1 + h_2) * (h_1 + h_2 + h_3))
+    third = stretch * ((1 - h / (3 * (h + h_1))) / 2 + (1 - h / (2 * (h + h_1))) * h / (6 * (h + h_1 + h_2)))
+    b = h_1 * (h_1 + h_2) / (h_2 * (h_2 + h_3))
+    cubic = (1, -1 - a - b, a + b * (1 + h_2 / h_3), -a * b)
+    return [w + third * c for w, c in zip([*weights, 0.0], cubic, strict=True)]
 
 
 def dpmpp_2m(x: Tensor, sigmas: list[float]) -> Sampler:
@@ -102,47 +148,6 @@ def dpmpp_2m(x: Tensor, sigmas: list[float]) -> Sampler:
         x = sigma_next / sigma * x + (1 - sigma_next / sigma) * estimate
         denoised_before, h_before = denoised, h
     return x
-
-
-def ipndm_v(x: Tensor, sigmas: list[float], *, order: int = 4) -> Sampler:
-    """`ipndm` with weights that follow the lengths of the steps.
-
-    Source: Zhou et al. 2023 (arXiv 2312.00094), the solver iPNDM-v in the code beside the paper.
-    """
-    slopes: list[Tensor] = []
-    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        denoised = yield x, sigma
-        if sigma_next == 0:
-            return denoised
-        slopes = [velocity(x, denoised, sigma), *slopes][:order]
-        lengths = [sigmas[i - k + 1] - sigmas[i - k] for k in range(len(slopes))]
-        x = x + (sigma_next - sigma) * _weighted(_ipndm_v_weights(lengths), slopes)
-    return x
-
-
-def _ipndm_v_weights(lengths: list[float]) -> list[float]:
-    """What each slope counts, newest first, given the lengths of this step and of those before it.
-
-    The weights of the second and third differences are those of the authors' code. For unequal steps they are not
-    quite the exact integrals, which `lms` has; the pictures people know are made with these.
-    """
-    weights = [1.0]
-    if len(lengths) > 1:
-        h, h_1 = lengths[:2]
-        weights = [1 + h / (2 * h_1), -h / (2 * h_1)]
-    if len(lengths) > 2:
-        h_2 = lengths[2]
-        a = h_1 / h_2
-        second = (1 - h**2 / (3 * h_1 * (h_1 + h_2))) / 2
-        weights = [w + second * c for w, c in zip([*weights, 0.0], (1, -1 - a, a), strict=True)]
-    if len(lengths) > 3:
-        h_3 = lengths[3]
-        b = h_1 * (h_1 + h_2) / (h_2 * (h_2 + h_3))
-        stretch = h * (h + h_1) * (h + h_1 + h_2) / (h_1 * (h_1 + h_2) * (h_1 + h_2 + h_3))
-        third = stretch * ((1 - h / (3 * (h + h_1))) / 2 + (1 - h / (2 * (h + h_1))) * h / (6 * (h + h_1 + h_2)))
-        cubic = (1, -1 - a - b, a + b * (1 + h_2 / h_3), -a * b)
-        weights = [w + third * c for w, c in zip([*weights, 0.0], cubic, strict=True)]
-    return weights
 
 
 def gradient_estimation(x: Tensor, sigmas: list[float], *, gamma: float = 2.0) -> Sampler:

@@ -130,3 +130,13 @@ class SamplerSpec:
                 hint = did_you_mean(name, known) or f" It has: {', '.join(known) or 'none'}."
                 raise RequestError(f"The sampler {self.name} has no option '{name}'.{hint}")
         return replace(self, options={**self.options, **options})
+
+
+def check_order(order: int, *, most: int) -> None:
+    """Refuse an order, given as an option, that a multistep sampler does not have.
+
+    Raises:
+        RequestError: not from 1 to `most`.
+    """
+    if not 1 <= order <= most:
+        raise RequestError(f"order={order}: this sampler has orders 1 to {most}.")

@@ -6,7 +6,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from octavo.sampling.flow import DEFAULT_SHIFT, log_snr, off_pure_noise, percent_to_sigma
-from octavo.sampling.protocol import Noise, Sampler
+from octavo.sampling.protocol import Noise, Sampler, check_order
 from octavo.sampling.quadrature import interpolation_weights
 
 
@@ -35,6 +35,8 @@ def sa_solver(
 
     Source: Xue et al. 2023 (arXiv 2309.05019), Algorithm 1.
     """
+    check_order(predictor_order, most=8)
+    check_order(corrector_order, most=8)
     sigmas = off_pure_noise(sigmas, shift)
     lambdas = [log_snr(sigma) for sigma in sigmas]
     stochastic_from, stochastic_to = percent_to_sigma(eta_start, shift), percent_to_sigma(eta_end, shift)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from octavo.sampling.exponential import phi
 from octavo.sampling.flow import remove_signal_scale
-from octavo.sampling.protocol import Sampler
+from octavo.sampling.protocol import Sampler, check_order
 
 # Log sigma has no value at 0; ComfyUI stops at 0.001 instead, of which its 1 + sigma**2 in float32 makes 2**-10.
 _SIGMA_END, _LAST_STEP_TO = 0.001, 2**-10
@@ -27,6 +27,7 @@ def uni_pc(x: Tensor, sigmas: list[float], *, variant: Literal["bh1", "bh2"] = "
 
     Source: Zhao et al. 2023 (arXiv 2302.04867), Algorithms 5 and 6 (data prediction).
     """
+    check_order(order, most=4)
     if len(sigmas) < 2:
         return x
     levels = [*sigmas[:-1], sigmas[-1] or min(_LAST_STEP_TO, sigmas[-2] / 2)]
