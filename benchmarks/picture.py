@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.common import Timing, in_own_process, report
@@ -40,7 +41,7 @@ def stages() -> None:
     generate(components, GenerateRequest(prompt=PROMPT, seed=1), watch=watch)
     marks["decode"] = time.perf_counter()
     names = list(marks)
-    print(json.dumps({name: marks[name] - marks[before] for before, name in zip(names, names[1:], strict=False)}))
+    print(json.dumps({name: marks[name] - marks[before] for before, name in pairwise(names)}))
 
 
 def main() -> None:

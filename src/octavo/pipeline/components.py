@@ -3,6 +3,7 @@
 Finding the files that make up a model is `assemble`'s business.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Generic, TypeVar, cast
@@ -18,10 +19,13 @@ from octavo.checkpoint.plan import plan_part
 from octavo.checkpoint.presets import Preset
 from octavo.checkpoint.source import Located
 from octavo.devices import free_bytes
+from octavo.fp8 import prepare
 from octavo.models import VAE, MMDiT, MMDiTConfig
 from octavo.pipeline.decode import decode, to_uint8
 from octavo.pipeline.encode import TextEncoders
 from octavo.pipeline.latents import FACTOR
+
+logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module, covariant=True)
 
@@ -62,8 +66,11 @@ class Part(Generic[M]):
     def __call__(self) -> M:
         """The model, loaded."""
         if self._model is None:
-            self._model = cast(M, load_part(plan_part(self._located), self.device, self.dtype))
+            model = load_part(plan_part(self._located), self.device, self.dtype)
             self._located.file.close()
+            paths = prepare(model, self.device, self.dtype)
+            logger.info("%s (%s): %s", self.title, self.path.name, paths)
+            self._model = cast(M, model)
         return self._model
 
     def release(self) -> None:
