@@ -47,6 +47,10 @@ def generate(
             help="Name or path of a model; without one the embedded model draws.",
         ),
     ] = None,
+    text_encoder: Annotated[
+        list[str] | None, typer.Option(help="Encoder to use instead of those found with the model; may be repeated.")
+    ] = None,
+    vae: Annotated[str | None, typer.Option(help="VAE to use instead of the one found with the model.")] = None,
     models_dir: Annotated[
         Path | None, typer.Option(envvar="OCTAVO_MODELS", help="Folder laid out as ComfyUI's models/.")
     ] = None,
@@ -97,6 +101,8 @@ def generate(
     """Draw pictures from words."""
     from rich.console import Console
 
+    from octavo.pipeline.image import picture_format
+
     console = Console(stderr=True, quiet=quiet, highlight=False)
     given = {
         "negative_prompt": negative, "steps": steps, "guidance_scale": guidance, "sampler": sampler,
@@ -106,17 +112,30 @@ def generate(
         **_size(size), **_interval(guidance_interval), **_skip_layers(slg),
     }  # fmt: skip
     requests = _requests(_texts(prompt, prompts), repeat, given)
-    if out is not None and len(requests) * max(r.batch for r in requests) > 1 and out.suffix:
-        raise RequestError(f"Several pictures are asked for but --out names one file, {out}; give a folder.")
+    if out is not None and _is_file(out):
+        picture_format(out)
+        if len(requests) * max(r.batch for r in requests) > 1:
+            raise RequestError(f"Several pictures are asked for but --out names one file, {out}; give a folder.")
 
     from octavo.pipeline.assemble import load
 
     with console.status("Loading …"):
         components = load(
-            model or requests[0].model, models_dir=models_dir, device=device, dtype=dtype, tiled_vae=tiled_vae
+            model or requests[0].model,
+            models_dir=models_dir,
+            text_encoders=text_encoder or (),
+            vae=vae,
+            device=device,
+            dtype=dtype,
+            tiled_vae=tiled_vae,
         )
     console.print(components.headline)
-    _say_unknown_words(console, components, requests)
+    if model is None and requests[0].model is None:
+        console.print(
+            f"No --model is given, so the small embedded one draws; 'octavo info {components.name}' tells more."
+        )
+    for remark in dict.fromkeys([*components.warnings, *(r for q in requests for r in components.remarks(q.prompt))]):
+        console.print(remark, style="yellow", markup=False)
     for request in requests:
         _draw(console, components, request, out, preview)
 
@@ -191,20 +210,18 @@ def _skip_layers(scale: float | None) -> dict[str, Any]:
     return {"skip_layer_guidance": SkipLayerGuidance(scale=scale)}
 
 
+def _is_file(out: Path) -> bool:
+    """Whether --out names a file rather than a folder."""
+    return bool(out.suffix) and not out.is_dir()
+
+
 def _target(out: Path | None) -> Path:
     """The file to write: the one named, or the next free number in a folder."""
-    if out is not None and out.suffix:
+    if out is not None and _is_file(out):
         return out
     folder = out or Path("output")
     numbers = [int(p.stem[7:]) for p in folder.glob("octavo-*.png") if p.stem[7:].isdigit()]
     return folder / f"octavo-{max(numbers, default=0) + 1:05}.png"
-
-
-def _say_unknown_words(console: "Console", components: "Components", requests: list["GenerateRequest"]) -> None:
-    unknown = dict.fromkeys(word for r in requests for word in components.unknown_words(r.prompt))
-    if unknown:
-        words = ", ".join(f"'{word}'" for word in unknown)
-        console.print(f"[yellow]The embedded model does not know {words}[/]; `octavo info` lists what it knows.")
 
 
 @contextmanager
@@ -220,12 +237,10 @@ def _progress(console: "Console", out: Path | None, components: "Components", pr
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    shown = None
     with Progress(*columns, console=console, transient=True, disable=console.quiet) as bar:
         task = bar.add_task("", total=None, rate="")
 
         def watch(progress: "Report") -> None:
-            nonlocal shown
             of = f" {progress.picture + 1}/{progress.pictures}" if progress.pictures > 1 else ""
             speed = bar.tasks[0].speed
             bar.update(
@@ -236,9 +251,8 @@ def _progress(console: "Console", out: Path | None, components: "Components", pr
                 rate=f"{speed:.2f} it/s" if speed else "",
             )
             if preview and progress.denoised is not None:
-                shown = components.preview(progress.denoised)
-                path = (out.parent if out and out.suffix else out) or Path("output")
+                path = (out.parent if out and _is_file(out) else out) or Path("output")
                 path.mkdir(parents=True, exist_ok=True)
-                shown.save(path / "preview.png")
+                components.preview(progress.denoised).save(path / "preview.png")
 
         yield watch

@@ -45,8 +45,8 @@ def _page(description: Description) -> list[RenderableType]:
     lines: list[RenderableType] = [
         Text.assemble((description.what, "bold"), f"  {description.path}  {human(description.nbytes)}")
     ]
-    if description.about:
-        lines.append(Text(description.about))
+    if description.domain:
+        lines.append(Text(description.domain))
     table = Table("part", "weights", "bytes", "kept as", "linears in FP8", box=None, pad_edge=False, header_style="dim")
     for part in description.parts:
         table.add_row(

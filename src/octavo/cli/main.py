@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from octavo._version import __version__
-from octavo.cli.generate import generate
+from octavo.cli.generate import EPILOG, generate
 from octavo.cli.info import info
 from octavo.cli.models import models
 from octavo.cli.pull import pull
@@ -27,7 +27,7 @@ Models are read from ./models (the layout of ComfyUI) or from $OCTAVO_MODELS; wi
 app = typer.Typer(
     name="octavo", help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich"
 )
-app.command()(generate)
+app.command(epilog=EPILOG)(generate)
 app.command()(info)
 app.command()(models)
 app.command()(pull)

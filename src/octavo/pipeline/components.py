@@ -133,9 +133,14 @@ class Components:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.preset.name} ({self.name}) on {self.device} in {dtype}{fp8}"
 
-    def unknown_words(self, prompt: str) -> list[str]:
-        """Words that no encoder of this model has a token for; none where all text can be spelled."""
-        return self.text.tokenizers.unknown_words(prompt)
+    def remarks(self, prompt: str) -> list[str]:
+        """What the user should know of a prompt: words that no encoder knows, embeddings that are left out."""
+        kits = self.text.tokenizers
+        unknown = ", ".join(f"'{word}'" for word in kits.unknown_words(prompt))
+        remarks = (
+            [f"The model does not know {unknown}; 'octavo info {self.name}' tells what it does."] if unknown else []
+        )
+        return remarks + [warning.text for warning in kits.encode(prompt, embeddings=self.text.shapes).warnings]
 
     def make_room_for(self, part: Part[nn.Module], *done: Part[nn.Module]) -> None:
         """Release those that are `done` if `part` would not fit beside them."""

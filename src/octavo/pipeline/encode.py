@@ -52,6 +52,11 @@ class TextEncoders:
     positions: int = 77  # rows of zeros that stand for a prompt without any encoder
     embeddings: Embeddings = lambda _name: None
 
+    def shapes(self, name: str) -> dict[str, tuple[int, int]] | None:
+        """(vectors, width) of each tensor of an embedding, as the tokenizers want to know them; None if not found."""
+        tensors = self.embeddings(name)
+        return None if tensors is None else {key: (len(t), t.shape[1]) for key, t in tensors.items()}
+
 
 def encode(encoders: TextEncoders, prompt: str, *, clip_skip: int = 2) -> Conditioning:
     """Encode one prompt.
@@ -64,12 +69,7 @@ def encode(encoders: TextEncoders, prompt: str, *, clip_skip: int = 2) -> Condit
     Returns:
         float32 conditioning on the encoders' device.
     """
-
-    def shapes(name: str) -> dict[str, tuple[int, int]] | None:
-        tensors = encoders.embeddings(name)
-        return None if tensors is None else {key: (len(t), t.shape[1]) for key, t in tensors.items()}
-
-    tokens = encoders.tokenizers.encode(prompt, embeddings=shapes)
+    tokens = encoders.tokenizers.encode(prompt, embeddings=encoders.shapes)
     return encode_tokens(encoders, tokens, clip_skip=clip_skip)
 
 
