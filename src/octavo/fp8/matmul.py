@@ -10,16 +10,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.fp8 import cpu
-from octavo.fp8.backends import Backend, ComputeDtype, OnDevice, Operator, RoundsInput, Supported
+from octavo.fp8 import cpu, gemm, int8
+from octavo.fp8.backends import (
+    Backend,
+    Capability,
+    ComputeDtype,
+    DivisibleBy,
+    Formats,
+    OnDevice,
+    Operator,
+    Package,
+    RoundsInput,
+    Supported,
+)
+from octavo.fp8.formats import E4M3FN
 from octavo.fp8.scale import Scaled, dequantize
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def plain_matmul(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Tensor | None) -> Tensor:  # noqa: ARG001
     """The definition: x [M, K] · weight [N, K]ᵀ + bias, the weight rounded to x's dtype; takes no `input_scale`."""
     return F.linear(x, dequantize(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def triton_w8a8(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Tensor | None) -> Tensor:  # noqa: ARG001
+    """`kernels.matmul.w8a8`; not using `input_scale`, since a row's own scale is finer."""
+    from octavo.fp8.kernels.matmul import w8a8
+
+    return w8a8(x, weight, bias)
+
+
+def triton_w8a16(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Tensor | None) -> Tensor:  # noqa: ARG001
+    """`kernels.matmul.w8a16`; needs no `input_scale`, since x is not rounded."""
+    from octavo.fp8.kernels.matmul import w8a16
+
+    return w8a16(x, weight, bias)
 
 
 PLAIN = Backend(name="plain", run=plain_matmul)
@@ -36,8 +63,67 @@ CPU_BF16 = Backend(
         OnDevice("cpu"),
         ComputeDtype(FLOATS),
         RoundsInput("bfloat16"),
-        Supported("bfloat16 arithmetic (avx512_bf16 or amx)", torch.cpu._is_avx512_bf16_supported),
+        Supported("bfloat16 arithmetic (avx512_bf16)", torch.cpu._is_avx512_bf16_supported),
+    ),
+)
+CPU_INT8 = Backend(
+    name="cpu-int8",
+    run=int8.int8_matmul,
+    twin=int8.packed_twin,
+    needs=(
+        OnDevice("cpu"),
+        ComputeDtype(FLOATS),
+        RoundsInput("int8"),
+        Operator("onednn.qlinear_pointwise"),
+        # Without it, oneDNN adds products in pairs in 16 bits, where two large ones do not fit: wrong without a word.
+        Supported("VNNI", torch.cpu._is_vnni_supported),
+    ),
+)
+TORCH = Backend(
+    name="torch",
+    run=gemm.torch_matmul,
+    needs=(
+        OnDevice("cuda"),
+        Capability(8, 9),
+        RoundsInput("e4m3fn"),
+        Formats((E4M3FN,)),
+        ComputeDtype((torch.bfloat16,)),
+        DivisibleBy("K", 16),
+        DivisibleBy("N", 16),
+    ),
+)
+TRITON_W8A8 = Backend(
+    name="triton-w8a8",
+    run=triton_w8a8,
+    needs=(
+        OnDevice("cuda"),
+        Capability(8, 9),
+        RoundsInput("e4m3fn"),
+        Formats((E4M3FN,)),
+        ComputeDtype(HALVES),
+        Package("triton"),
+    ),
+)
+TRITON_W8A16 = Backend(
+    name="triton-w8a16",
+    run=triton_w8a16,
+    needs=(OnDevice("cuda"), Capability(7, 5), ComputeDtype(HALVES), Package("triton")),
+)
+TORCH_INT8 = Backend(
+    name="torch-int8",
+    run=int8.int_mm_matmul,
+    twin=int8.int8_twin,
+    needs=(
+        OnDevice("cuda"),
+        Capability(8, 0),
+        ComputeDtype(FLOATS),
+        RoundsInput("int8"),
+        DivisibleBy("K", 8),
+        DivisibleBy("N", 8),
     ),
 )
 
-BACKENDS: Sequence[Backend] = (CPU_BF16, CPU, CPU_BLAS, PLAIN)
+# Those behind `plain` are taken only where they are measured to be faster than all before them.
+BACKENDS: Sequence[Backend] = (
+    CPU_INT8, CPU_BF16, CPU, CPU_BLAS, TORCH, PLAIN, TRITON_W8A8, TRITON_W8A16, TORCH_INT8,
+)  # fmt: skip

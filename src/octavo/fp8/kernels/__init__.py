@@ -1,0 +1,1 @@
+"""Triton kernels, each naming the plain definition that it is proven against; the only room that imports triton."""

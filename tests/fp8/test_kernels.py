@@ -1,0 +1,86 @@
+"""Triton's kernels equal their plain definitions on odd shapes; without a GPU, in Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from octavo.fp8 import E4M3FN, E5M2, Fp8Format, Granularity, dequantize, quantize
+from tests.fp8.weights import weight
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+SHAPES = [(1, 16, 8), (17, 70, 130), (3, 129, 33)]  # M, K, N
+BFLOAT16 = pytest.mark.skipif(not GPU, reason="the interpreter's tl.dot takes bfloat16 for whole numbers")
+
+pytestmark = pytest.mark.skipif(
+    not GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="no GPU, and the interpreter is off"
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_are_rounded_as_the_definition_says(dtype: torch.dtype) -> None:
+    from octavo.fp8.kernels.quantize import quantize_rows
+
+    x = torch.randn(5, 1500) * torch.logspace(-6, 4, 5)[:, None]
+    x[2] = 0
+    x[3, :9] = torch.arange(9) * 2.0**-10 * x[3].abs().max() / 448  # subnormal numbers and ties between them
+    x = x.to(DEVICE, dtype)
+    rounded, expected = quantize_rows(x), quantize(x, E4M3FN, "row")
+    assert torch.allclose(rounded.scale, expected.scale, rtol=2e-7, atol=0)
+    # A division may end one unit beside torch's, and then rounds to the neighbour.
+    assert (rounded.q.view(torch.uint8) != expected.q.view(torch.uint8)).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_fp8_by_fp8_equals_the_definition_on_the_rounded_input(
+    granularity: Granularity, bias: bool, shape: tuple[int, int, int]
+) -> None:
+    from octavo.fp8.kernels.matmul import w8a8
+    from octavo.fp8.kernels.quantize import quantize_rows
+
+    M, K, N = shape
+    x = torch.randn(M, K).to(DEVICE, torch.float16)
+    scaled = weight(N, K, granularity=granularity)
+    scaled = type(scaled)(scaled.q.to(DEVICE), scaled.scale.to(DEVICE))
+    b = torch.linspace(-1, 1, N, device=DEVICE) if bias else None
+    rounded, w = dequantize(quantize_rows(x)), dequantize(scaled)
+    size = F.linear(rounded.abs(), w.abs(), None if b is None else b.abs())
+    error = (w8a8(x, scaled, b).float() - F.linear(rounded, w, b)).abs()
+    assert (error <= size * (2**-11 + (K + 3) * 2**-23)).all()
+
+
+@pytest.mark.parametrize("fmt", [E4M3FN, E5M2], ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=BFLOAT16), torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_fp8_by_16_bits_equals_the_definition(
+    fmt: Fp8Format, granularity: Granularity, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> None:
+    """The weight's codes are exact in 16 bits, so only the sums and the result round."""
+    from octavo.fp8.kernels.matmul import w8a16
+
+    M, K, N = shape
+    x = (torch.randn(M, K) / 64).to(DEVICE, dtype)
+    scaled = weight(N, K, fmt, granularity)
+    scaled = type(scaled)(scaled.q.to(DEVICE), scaled.scale.to(DEVICE) * 2**-6)
+    b = torch.linspace(-1, 1, N, device=DEVICE)
+    w = dequantize(scaled)
+    size = F.linear(x.float().abs(), w.abs(), b.abs())
+    error = (w8a16(x, scaled, b).float() - F.linear(x.float(), w, b)).abs()
+    assert (error <= size * ((2**-8 if dtype == torch.bfloat16 else 2**-11) + (K + 3) * 2**-23)).all()
+
+
+def test_strided_and_empty_inputs_are_taken() -> None:
+    from octavo.fp8.kernels.matmul import w8a16
+
+    scaled = weight(8, 32)
+    scaled = type(scaled)(scaled.q.to(DEVICE), scaled.scale.to(DEVICE))
+    wide = torch.randn(3, 64).to(DEVICE, torch.float16)
+    assert torch.equal(w8a16(wide[:, :32], scaled, None), w8a16(wide[:, :32].contiguous(), scaled, None))
+    assert w8a16(wide[:0, :32], scaled, None).shape == (0, 8)
