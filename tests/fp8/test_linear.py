@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from octavo.fp8 import E5M2, Fp8Linear, LinearSpec, Scaled, dequantize, quantize
+from octavo.fp8 import E5M2, Fp8Linear, LinearSpec, Scaled, dequantize, prepare, quantize
 from octavo.quantize import convert
 
 SPECS = [LinearSpec(), LinearSpec(granularity="row"), LinearSpec(format=E5M2, input_scale=True, full_precision=True)]
@@ -73,3 +73,27 @@ def test_it_tells_what_it_is() -> None:
     model = small_model()
     convert(model, {"0": LinearSpec(granularity="row")})
     assert "Fp8Linear(in_features=6, out_features=5, bias=True, e4m3fn by row)" in repr(model)
+
+
+@pytest.mark.gradients
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_low_rank_branch_adds_its_product_and_can_be_trained_and_taken_off(prepared: bool) -> None:
+    model = small_model()
+    convert(model, {"0": LinearSpec()})
+    linear = model[0]
+    assert isinstance(linear, Fp8Linear)
+    if prepared:
+        prepare(model, "cpu", torch.float32)
+    x = torch.randn(2, 4, 6)
+    before = linear(x)
+    down, up = torch.randn(3, 6), torch.randn(5, 3)
+    linear.set_low_rank(down.requires_grad_(), up)
+    assert torch.allclose(linear(x), before + x @ down.t() @ up.t(), atol=1e-5)
+    linear(x).sum().backward()
+    assert linear.lora_down is not None
+    assert linear.lora_down.grad is not None
+    assert torch.allclose(linear.lora_down.grad, up.sum(0)[:, None] * x.sum((0, 1)), atol=1e-4)
+    linear.set_low_rank(None, None)
+    assert torch.equal(linear(x), before)
+    with pytest.raises(AssertionError, match=r"up is \[5, 2\], needed \[5, 3\]"):
+        linear.set_low_rank(down, torch.randn(5, 2))
