@@ -47,8 +47,8 @@ def pick_device(name: str | None = None) -> torch.device:
 def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
     """The dtype to compute in: the one called `name`, or what suits `device`.
 
-    A CPU gets float32: without special units its 16-bit arithmetic is six times slower. A GPU gets bfloat16, the dtype
-    that SD3.5 is released in, or float16 where bfloat16 would be emulated.
+    A CPU gets float32: most have no 16-bit units and are six times slower without. A GPU gets bfloat16, the dtype that
+    SD3.5 is released in, or float16 where bfloat16 would be emulated.
 
     Raises:
         RequestError: no such dtype.

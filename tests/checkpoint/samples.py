@@ -1,41 +1,66 @@
-"""Checkpoints for tests: the recorded tiny models, in other layouts by the rules of golden/diffusers/README too."""
+"""Checkpoints for tests: tiny models, random or recorded, in every layout; the rules are those of golden/diffusers."""
 
 import json
 import math
+from functools import cache
 from pathlib import Path
+from zlib import crc32
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from octavo.checkpoint.kinds import Kind
+from octavo.checkpoint.plan import MODELS
 from octavo.checkpoint.save import save_safetensors
+from octavo.models import ClipConfig, MMDiTConfig, T5Config, VAEConfig
 from tests.goldens import golden
 
 MMDIT_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
-ENCODERS = {"clip_l": "clip_l_tiny", "clip_g": "clip_g_tiny", "t5xxl": "t5_tiny"}
+# As small as the architectures allow, the MMDiT with a block of each sort.
+CONFIGS: dict[Kind, object] = {
+    "mmdit": MMDiTConfig(
+        depth=2, width=128, heads=2, dual_attention=(0,), context_width=96, pooled_width=48, pos_embed_size=24
+    ),
+    "clip_l": ClipConfig(
+        width=64, layers=3, heads=1, mlp_width=128, activation="quick_gelu", vocab_size=500, projection=64
+    ),
+    "clip_g": ClipConfig(width=80, layers=3, heads=1, mlp_width=192, activation="gelu", vocab_size=500, projection=80),
+    "t5": T5Config(width=64, layers=3, heads=4, head_width=16, mlp_width=160, vocab_size=300),
+    "vae": VAEConfig(channels=(32, 32, 32, 64), layers_per_block=1, groups=8),
+}
+# By what all-in-one files call them.
+ENCODERS: dict[str, Kind] = {"clip_l": "clip_l", "clip_g": "clip_g", "t5xxl": "t5"}
 
 
-def tiny(name: str, prefix: str = "") -> dict[str, Tensor]:
+def recorded(name: str, prefix: str = "") -> dict[str, Tensor]:
     """The recorded weights golden/diffusers/`name`, their prefix taken off."""
     tensors = load_file(golden(f"diffusers/{name}.safetensors"))
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
 
 
-def tiny_mmdit(name: str = "transformer_medium_tiny") -> dict[str, Tensor]:
-    return tiny(name, MMDIT_PREFIX)
+@cache
+def _random(kind: Kind) -> dict[str, Tensor]:
+    shapes = shapes_of(kind, CONFIGS[kind])
+    return {name: torch.randn(shape, generator=_generator(name)).half() for name, shape in shapes.items()}
 
 
-def tiny_vae() -> dict[str, Tensor]:
-    return tiny("vae_tiny_single_file", VAE_PREFIX)
+def _generator(name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(crc32(name.encode()))
+
+
+def tiny(kind: Kind) -> dict[str, Tensor]:
+    """Random float16 weights of `CONFIGS[kind]` by single-file names; CLIP-L's with the projection of real files."""
+    return {name: tensor.clone() for name, tensor in _random(kind).items()}
 
 
 def all_in_one() -> dict[str, Tensor]:
     """What sd3.5_medium_incl_clips_t5xxl holds, tiny, with the buffers that such files carry along."""
-    tensors = {MMDIT_PREFIX + key: tensor for key, tensor in tiny_mmdit().items()}
-    tensors |= {VAE_PREFIX + key: tensor for key, tensor in tiny_vae().items()}
-    for encoder, name in ENCODERS.items():
-        tensors |= {f"text_encoders.{encoder}.transformer.{key}": tensor for key, tensor in tiny(name).items()}
+    tensors = {MMDIT_PREFIX + key: tensor for key, tensor in tiny("mmdit").items()}
+    tensors |= {VAE_PREFIX + key: tensor for key, tensor in tiny("vae").items()}
+    for encoder, kind in ENCODERS.items():
+        tensors |= {f"text_encoders.{encoder}.transformer.{key}": tensor for key, tensor in tiny(kind).items()}
     tensors["text_encoders.clip_l.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
     tensors["text_encoders.clip_l.logit_scale"] = torch.tensor(4.6)
     tensors["text_encoders.t5xxl.transformer.encoder.embed_tokens.weight"] = torch.zeros(300, 64, dtype=torch.float16)
@@ -137,15 +162,23 @@ def write_shards(folder: Path, stem: str, tensors: dict[str, Tensor], count: int
 
 
 def write_diffusers_folder(root: Path) -> Path:
-    """A whole model as `save_pretrained` leaves it, the transformer in three shards."""
-    write_shards(root / "transformer", "diffusion_pytorch_model", mmdit_in_diffusers(tiny_mmdit()), 3)
-    for folder, name in zip(("text_encoder", "text_encoder_2", "text_encoder_3"), ENCODERS.values(), strict=True):
-        save_safetensors(root / folder / "model.safetensors", tiny(name))
-        (root / folder / "config.json").write_text(golden(f"diffusers/{name}_config.json").read_text())
-    save_safetensors(root / "vae" / "diffusion_pytorch_model.safetensors", vae_in_diffusers(tiny_vae()))
-    (root / "vae" / "config.json").write_text(golden("diffusers/vae_tiny_config.json").read_text())
+    """The tiny parts as `save_pretrained` leaves a model, the transformer in three shards."""
+    write_shards(root / "transformer", "diffusion_pytorch_model", mmdit_in_diffusers(tiny("mmdit")), 3)
+    for folder, kind in zip(("text_encoder", "text_encoder_2", "text_encoder_3"), ENCODERS.values(), strict=True):
+        save_safetensors(root / folder / "model.safetensors", tiny(kind))
+    (root / "text_encoder" / "config.json").write_text('{"num_attention_heads": 4, "hidden_act": "quick_gelu"}')
+    (root / "text_encoder_2" / "config.json").write_text('{"num_attention_heads": 5, "hidden_act": "gelu"}')
+    save_safetensors(root / "vae" / "diffusion_pytorch_model.safetensors", vae_in_diffusers(tiny("vae")))
+    (root / "vae" / "config.json").write_text('{"norm_num_groups": 16}')
     (root / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"}))
     return root
+
+
+def shapes_of(kind: Kind, config: object, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a whole model, without its memory."""
+    with torch.device("meta"):
+        model = MODELS[kind](config)
+    return {prefix + name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def write_hollow(path: Path, shapes: dict[str, tuple[int, ...]], metadata: dict[str, str] | None = None) -> Path:

@@ -17,7 +17,7 @@ from octavo.errors import (
     UnsupportedFormatError,
     WrongModelError,
 )
-from tests.checkpoint.samples import tiny, tiny_mmdit, tiny_vae, write_shards
+from tests.checkpoint.samples import tiny, write_shards
 from tests.goldens import golden
 
 QKV = "joint_blocks.0.x_block.attn.qkv.weight"
@@ -116,7 +116,7 @@ def written(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str] |
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
-    whole = golden("diffusers/transformer_medium_tiny.safetensors").read_bytes()
+    whole = written(tmp_path, tiny("mmdit")).read_bytes()
     for share in (0.001, 0.01, 0.3, 0.999):
         path = tmp_path / "cut.safetensors"
         path.write_bytes(whole[: int(len(whole) * share)])
@@ -125,7 +125,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_tensors_are_counted_and_named(tmp_path: Path) -> None:
-    tensors = tiny_mmdit()
+    tensors = tiny("mmdit")
     total = len(tensors)
     for i in (0, 1):
         del tensors[f"joint_blocks.{i}.x_block.mlp.fc1.weight"], tensors[f"joint_blocks.{i}.x_block.mlp.fc1.bias"]
@@ -135,33 +135,33 @@ def test_missing_tensors_are_counted_and_named(tmp_path: Path) -> None:
 
 
 def test_surplus_tensors_are_named(tmp_path: Path) -> None:
-    tensors = {**tiny_mmdit(), "guidance_in.weight": torch.zeros(2)}
+    tensors = {**tiny("mmdit"), "guidance_in.weight": torch.zeros(2)}
     with pytest.raises(WrongModelError, match=r"1 tensors that it has no place for: 'guidance_in.weight'"):
         load_mmdit(written(tmp_path, tensors))
 
 
 @pytest.mark.parametrize("key", ["x_embedder.proj.weight", "pos_embed", "context_embedder.weight", QKV])
 def test_a_missing_tensor_that_tells_the_shape_is_named_too(tmp_path: Path, key: str) -> None:
-    tensors = tiny_mmdit()
+    tensors = tiny("mmdit")
     del tensors[key]
     with pytest.raises(CorruptFileError, match=f"lacks.*'{key}'"):
         load_mmdit(written(tmp_path, tensors))
 
 
 def test_a_missing_block_is_named(tmp_path: Path) -> None:
-    tensors = {key: tensor for key, tensor in tiny_mmdit().items() if not key.startswith("joint_blocks.0.")}
+    tensors = {key: tensor for key, tensor in tiny("mmdit").items() if not key.startswith("joint_blocks.0.")}
     with pytest.raises(CorruptFileError, match=r"lacks 'joint_blocks\.0'"):
         load_mmdit(written(tmp_path, tensors))
 
 
 def test_a_shape_that_does_not_fit_is_shown_with_what_would(tmp_path: Path) -> None:
-    tensors = {**tiny_mmdit(), QKV: torch.zeros(384, 64)}
+    tensors = {**tiny("mmdit"), QKV: torch.zeros(384, 64)}
     with pytest.raises(CorruptFileError, match=rf"'{QKV}' of shape \[384, 64\].*\[384, 128\]"):
         load_mmdit(written(tmp_path, tensors))
 
 
 def change(tensors: dict[str, Tensor], key: str, value: float, dtype: torch.dtype) -> dict[str, Tensor]:
-    changed = tensors[key].to(dtype)
+    changed = tensors[key].to(dtype, copy=True)
     changed.view(-1)[-1] = value
     return {**tensors, key: changed}
 
@@ -170,20 +170,20 @@ def change(tensors: dict[str, Tensor], key: str, value: float, dtype: torch.dtyp
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2], ids=str)
 def test_weights_that_are_no_numbers_are_named(tmp_path: Path, key: str, value: float, dtype: torch.dtype) -> None:
-    path = written(tmp_path, change(tiny_mmdit(), key, value, dtype))
+    path = written(tmp_path, change(tiny("mmdit"), key, value, dtype))
     for wanted in (torch.float32, torch.float16):
         with pytest.raises(CorruptFileError, match=f"NaN or infinity in '{key}'"):
             load_mmdit(path, dtype=wanted)
 
 
 def test_nan_codes_of_fp8_are_refused(tmp_path: Path) -> None:
-    tensors = change(tiny_mmdit(), QKV, float("nan"), torch.float8_e4m3fn)
+    tensors = change(tiny("mmdit"), QKV, float("nan"), torch.float8_e4m3fn)
     with pytest.raises(CorruptFileError, match=f"NaN or infinity in '{QKV}'"):
         load_mmdit(written(tmp_path, tensors))
 
 
 def test_values_beyond_float16_say_which_dtype_helps(tmp_path: Path) -> None:
-    path = written(tmp_path, change(tiny_mmdit(), QKV, 1e5, torch.bfloat16))
+    path = written(tmp_path, change(tiny("mmdit"), QKV, 1e5, torch.bfloat16))
     with pytest.raises(CheckpointError, match=f"'{QKV}' beyond float16.*bfloat16 or float32"):
         load_mmdit(path, dtype=torch.float16)
     load_mmdit(path, dtype=torch.bfloat16)
@@ -194,7 +194,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> None
     from octavo.checkpoint.plan import plan_part
     from octavo.checkpoint.source import open_source
 
-    path = written(tmp_path, tiny_mmdit())
+    path = written(tmp_path, tiny("mmdit"))
     with open_source(path) as source:
         plan = plan_part(source.require("mmdit"))
         with path.open("rb+") as file:
@@ -223,9 +223,9 @@ def test_another_kind_of_file_is_called_by_its_name(name: str, says: str) -> Non
 
 
 @pytest.mark.parametrize("load", [load_clip, load_t5, load_vae])
-def test_a_part_that_is_not_inside_is_missed(load: Callable[[Path], object]) -> None:
+def test_a_part_that_is_not_inside_is_missed(tmp_path: Path, load: Callable[[Path], object]) -> None:
     with pytest.raises(WrongModelError, match="holds diffusion model, which is not what is needed"):
-        load(golden("diffusers/transformer_large_tiny.safetensors"))
+        load(written(tmp_path, tiny("mmdit")))
 
 
 @pytest.mark.parametrize(
@@ -247,13 +247,13 @@ def test_an_empty_file_holds_nothing(tmp_path: Path) -> None:
 
 
 def test_a_vae_of_an_older_model_is_refused(tmp_path: Path) -> None:
-    tensors = {**tiny_vae(), "quant_conv.weight": torch.zeros(8, 8, 1, 1), "quant_conv.bias": torch.zeros(8)}
+    tensors = {**tiny("vae"), "quant_conv.weight": torch.zeros(8, 8, 1, 1), "quant_conv.bias": torch.zeros(8)}
     with pytest.raises(WrongModelError, match=r"'quant_conv.bias', 'quant_conv.weight'"):
         load_vae(written(tmp_path, tensors))
 
 
 def fp8_mmdit() -> dict[str, Tensor]:
-    tensors = tiny_mmdit()
+    tensors = tiny("mmdit")
     tensors[QKV] = tensors[QKV].to(torch.float8_e4m3fn)
     return tensors
 
@@ -351,7 +351,7 @@ def test_one_layer_without_a_scale_among_others_with_theirs_is_refused(tmp_path:
 
 
 def test_weights_in_whole_numbers_are_refused(tmp_path: Path) -> None:
-    tensors = {**tiny_mmdit(), QKV: torch.zeros(384, 128, dtype=torch.int8)}
+    tensors = {**tiny("mmdit"), QKV: torch.zeros(384, 128, dtype=torch.int8)}
     with pytest.raises(UnsupportedFormatError, match=f"'{QKV}' as I8"):
         load_mmdit(written(tmp_path, tensors))
 
@@ -388,7 +388,7 @@ def test_a_bad_index_is_refused(tmp_path: Path, index: str, complaint: str) -> N
 
 
 def test_an_index_that_promises_too_much_is_refused(tmp_path: Path) -> None:
-    index = write_shards(tmp_path, "model", tiny("clip_l_tiny"), 2)
+    index = write_shards(tmp_path, "model", tiny("clip_l"), 2)
     fields = json.loads(index.read_text())
     fields["weight_map"]["phantom"] = next(iter(fields["weight_map"].values()))
     index.write_text(json.dumps(fields))
@@ -397,8 +397,8 @@ def test_an_index_that_promises_too_much_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
-    index = write_shards(tmp_path, "model", tiny("clip_l_tiny"), 2)
+    index = write_shards(tmp_path, "model", tiny("clip_l"), 2)
     shard = sorted(tmp_path.glob("*.safetensors"))[0]
-    save_safetensors(shard, tiny("clip_l_tiny"))
+    save_safetensors(shard, tiny("clip_l"))
     with pytest.raises(CorruptFileError, match="in two shards"):
         load_clip(index)

@@ -15,13 +15,12 @@ from octavo.models import MMDiTConfig
 from tests.checkpoint.samples import (
     MMDIT_PREFIX,
     all_in_one,
+    recorded,
+    shapes_of,
     tiny,
-    tiny_mmdit,
-    tiny_vae,
     write_diffusers_folder,
     write_hollow,
 )
-from tests.checkpoint.test_detect import shapes_of
 from tests.goldens import golden
 
 
@@ -38,9 +37,9 @@ def test_parts_bytes_and_what_is_left_over(tmp_path: Path) -> None:
     assert [part.kind for part in description.parts] == ["mmdit", "clip_l", "clip_g", "t5", "vae"]
     assert description.nbytes == sum(tensor.nbytes for tensor in tensors.values())
     mmdit = description.parts[0]
-    assert mmdit.nbytes == sum(tensor.nbytes for tensor in tiny_mmdit().values())
+    assert mmdit.nbytes == sum(tensor.nbytes for tensor in tiny("mmdit").values())
     assert mmdit.bytes_by_dtype == {"F16": mmdit.nbytes}
-    assert mmdit.parameters == sum(tensor.numel() for tensor in tiny_mmdit().values())
+    assert mmdit.parameters == sum(tensor.numel() for tensor in tiny("mmdit").values())
     assert (description.other_tensors, description.other_bytes) == (1, 4)  # clip_l's logit_scale
     assert description.needs == ()
     assert description.metadata == {"modelspec.title": "Tiny"}
@@ -106,11 +105,11 @@ def test_a_diffusers_folder_is_one_model(tmp_path: Path) -> None:
         ("vae", "diffusers"),
     ]
     (mmdit, *_) = description.parts
-    assert mmdit.parameters == sum(tensor.numel() for tensor in tiny_mmdit().values())
+    assert mmdit.parameters == sum(tensor.numel() for tensor in tiny("mmdit").values())
 
 
 def test_what_could_not_be_loaded_is_refused_with_the_same_words(tmp_path: Path) -> None:
-    tensors = tiny_mmdit()
+    tensors = tiny("mmdit")
     del tensors["joint_blocks.1.x_block.mlp.fc2.bias"]
     save_safetensors(tmp_path / "a.safetensors", tensors)
     with pytest.raises(CorruptFileError, match="lacks 1 of the"):
@@ -120,7 +119,7 @@ def test_what_could_not_be_loaded_is_refused_with_the_same_words(tmp_path: Path)
         info(str(tmp_path / "b.safetensors"))
     with pytest.raises(ModelNotFoundError):
         info("c")
-    save_safetensors(tmp_path / "d.safetensors", tiny_mmdit(), {"octavo.settings": "[]"})
+    save_safetensors(tmp_path / "d.safetensors", tiny("mmdit"), {"octavo.settings": "[]"})
     with pytest.raises(CheckpointError, match="settings"):
         info(str(tmp_path / "d.safetensors"))
 
@@ -128,8 +127,8 @@ def test_what_could_not_be_loaded_is_refused_with_the_same_words(tmp_path: Path)
 def test_info_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_safetensors(
         tmp_path / "models" / "checkpoints" / "tiny.safetensors",
-        tiny_mmdit("transformer_medium_tiny_fp8_scaled"),
-        {"octavo.about": "Draws [nothing] yet."},
+        recorded("transformer_medium_tiny_fp8_scaled", MMDIT_PREFIX),
+        {"octavo.domain": "Draws [nothing] yet."},
     )
     info("tiny")
     out = capsys.readouterr().out
@@ -153,8 +152,8 @@ def test_info_as_json_holds_everything(tmp_path: Path, capsys: pytest.CaptureFix
 def test_models_for_people_and_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     models()
     assert "octavo pull sd3.5-medium" in capsys.readouterr().out
-    save_safetensors(tmp_path / "models" / "vae" / "[mine].safetensors", tiny_vae())
-    save_safetensors(tmp_path / "models" / "clip" / "clip_g.safetensors", tiny("clip_g_tiny"))
+    save_safetensors(tmp_path / "models" / "vae" / "[mine].safetensors", tiny("vae"))
+    save_safetensors(tmp_path / "models" / "clip" / "clip_g.safetensors", tiny("clip_g"))
     (tmp_path / "models" / "vae" / "broken.safetensors").write_bytes(b"x")
     models()
     out = capsys.readouterr().out

@@ -8,13 +8,20 @@ import pytest
 import torch
 
 from octavo.checkpoint import kinds
-from octavo.checkpoint.plan import MODELS, Plan, plan_part
+from octavo.checkpoint.plan import Plan, plan_part
 from octavo.checkpoint.presets import preset_for
 from octavo.checkpoint.save import save_safetensors
 from octavo.checkpoint.source import open_source
 from octavo.errors import CorruptFileError
 from octavo.models import ClipConfig, MMDiTConfig, T5Config, VAEConfig
-from tests.checkpoint.samples import MMDIT_PREFIX, mmdit_in_diffusers, tiny, tiny_vae, vae_in_diffusers, write_hollow
+from tests.checkpoint.samples import (
+    MMDIT_PREFIX,
+    mmdit_in_diffusers,
+    shapes_of,
+    tiny,
+    vae_in_diffusers,
+    write_hollow,
+)
 
 RELEASED = [
     ("mmdit", MMDiTConfig.large()),
@@ -25,12 +32,6 @@ RELEASED = [
     ("t5", T5Config.xxl()),
     ("vae", VAEConfig()),
 ]
-
-
-def shapes_of(kind: kinds.Kind, config: object, prefix: str = "") -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        model = MODELS[kind](config)
-    return {prefix + name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def plan_of(path: Path) -> Plan:
@@ -155,7 +156,7 @@ def test_what_shapes_cannot_tell_may_stand_in_the_header(tmp_path: Path) -> None
 def test_a_config_json_counts_only_beside_a_file_of_its_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"num_attention_heads": 16, "hidden_act": "gelu"}')
     for name, heads in (("model.safetensors", 16), ("clip_l.safetensors", 1)):
-        save_safetensors(tmp_path / name, tiny("clip_l_tiny"))
+        save_safetensors(tmp_path / name, tiny("clip_l"))
         config = plan_of(tmp_path / name).config
         assert isinstance(config, ClipConfig)
         assert config.heads == heads
@@ -178,6 +179,13 @@ def test_impossible_words_about_a_clip_are_refused(tmp_path: Path, said: dict[st
 
 
 def test_groups_that_do_not_divide_the_channels_are_refused(tmp_path: Path) -> None:
-    save_safetensors(tmp_path / "a.safetensors", tiny_vae(), {"octavo.config": '{"groups": 7}'})
+    save_safetensors(tmp_path / "a.safetensors", tiny("vae"), {"octavo.config": '{"groups": 7}'})
     with pytest.raises(CorruptFileError, match="7 groups do not divide"):
         plan_of(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("said", ["no json", "[]", "3"])
+def test_a_header_that_speaks_of_its_model_badly_is_refused(tmp_path: Path, said: str) -> None:
+    path = write_hollow(tmp_path / "a.safetensors", clip_shapes(64, projected=False), {"octavo.config": said})
+    with pytest.raises(CorruptFileError, match=r"'octavo\.config'.*Write it again"):
+        plan_of(path)

@@ -10,17 +10,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from octavo.checkpoint.detect import Config
+from octavo.checkpoint.detect import Config, detect
 from octavo.checkpoint.folders import EMBEDDED
 from octavo.checkpoint.header import Entry
 from octavo.checkpoint.kinds import TITLES, Kind, Style
+from octavo.checkpoint.layout import Names
 from octavo.checkpoint.plan import MODELS, plan_part
 from octavo.checkpoint.presets import Preset, preset_for
 from octavo.checkpoint.scales import METADATA_KEY
 from octavo.checkpoint.source import Located, open_source
 from octavo.models import ClipConfig, MMDiTConfig, T5Config, VAEConfig
 
-ABOUT_KEY = "octavo.about"  # header text by the maker of a model, shown as it is
+DOMAIN_KEY = "octavo.domain"  # what a model can draw, in its maker's words
 CONTROLS = ("blur", "canny", "depth")  # by the number in a ControlNet's `control_type`
 NEEDED: tuple[tuple[tuple[Kind, ...], str], ...] = (
     (("clip_l", "clip_g", "t5"), "text encoders (octavo pull text-encoders)"),
@@ -62,7 +63,7 @@ class Description:
     other_bytes: int
     preset: Preset | None  # recommended settings, of a diffusion model
     needs: tuple[str, ...]  # what must come from other files
-    about: str | None  # what its maker says of it
+    domain: str | None  # what it can draw, if its maker says
     metadata: Mapping[str, str]
 
     def as_json(self) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def describe(path: Path) -> Description:
         preset = None
         mmdit = source.find("mmdit")
         if mmdit is not None:
-            config = plan_part(mmdit).config
+            config = detect(mmdit.file, Names(mmdit.part))
             assert isinstance(config, MMDiTConfig)
             preset = preset_for(config, mmdit.file)
         entries = [entry for file in source.files for entry in file.entries.values()]
@@ -106,8 +107,8 @@ def describe(path: Path) -> Description:
         other_bytes=_nbytes(others),
         preset=preset,
         needs=tuple(what for kinds, what in NEEDED if preset and not alone and not held.intersection(kinds)),
-        about=metadata.get(ABOUT_KEY),
-        metadata={key: value for key, value in metadata.items() if key not in (METADATA_KEY, ABOUT_KEY)},
+        domain=metadata.get(DOMAIN_KEY),
+        metadata={key: value for key, value in metadata.items() if key not in (METADATA_KEY, DOMAIN_KEY)},
     )
 
 
@@ -132,7 +133,7 @@ def _describe_part(located: Located) -> PartDescription:
     specs = [origin.spec for origin in plan.origins if origin.stays_fp8]
     return PartDescription(
         what=_words(part.kind, plan.config),
-        parameters=sum(math.prod(_shape(origin.slabs)) for origin in plan.origins),
+        parameters=sum(slab.numel for origin in plan.origins for slab in origin.slabs),
         linear_layers=len(plan.linears),
         fp8_layers=len(specs),
         fp8_form=plan.fp8_form,
@@ -142,10 +143,6 @@ def _describe_part(located: Located) -> PartDescription:
         config=asdict(plan.config),
         **kept,
     )
-
-
-def _shape(slabs: tuple[Any, ...]) -> tuple[int, ...]:
-    return (sum(slab.rows for slab in slabs), *slabs[0].entry.shape[1:])
 
 
 def _words(kind: Kind, config: Config) -> str:

@@ -178,7 +178,7 @@ def _said_elsewhere(file: TensorFile, kind: Kind) -> dict[str, Any]:
     for theirs, value in _config_json(file.path).items():
         if theirs in known:
             said[known[theirs]] = value
-    said.update((name, value) for name, value in own_config(file.metadata).items() if name in ours)
+    said.update((name, value) for name, value in own_config(file.path, file.metadata).items() if name in ours)
     for name, value in said.items():
         if type(value) is not (str if name == "activation" else int):
             raise CorruptFileError(

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from octavo.checkpoint.header import INDEX_SUFFIX, PICKLE_SUFFIXES
+from octavo.checkpoint.header import PICKLE_SUFFIXES
 from octavo.errors import ModelNotFoundError, RequestError, did_you_mean
 
 ENVIRONMENT = "OCTAVO_MODELS"
@@ -169,8 +169,7 @@ def weights_in(folder: Path) -> Path | None:
     """The file or index with the weights of one diffusers component; None if there is none."""
     for variant in VARIANTS:
         for stem in WEIGHT_STEMS:
-            index_name = f"{stem}.safetensors.index{variant}.json" if variant else f"{stem}{INDEX_SUFFIX}"
-            for name in (f"{stem}{variant}.safetensors", index_name):
+            for name in (f"{stem}{variant}.safetensors", f"{stem}.safetensors.index{variant}.json"):
                 if (folder / name).is_file():
                     return folder / name
     return None

@@ -16,7 +16,7 @@ from typing import NoReturn, TypeGuard
 
 from octavo.errors import CheckpointError, CorruptFileError, ModelNotFoundError, UnsupportedFormatError
 
-INDEX_SUFFIX = ".safetensors.index.json"
+INDEX_NAME = ".safetensors.index."  # as in model.safetensors.index.json, ….index.fp16.json
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the format's own bound
 MAX_RANK = 32
@@ -104,7 +104,7 @@ def read_headers(path: Path) -> tuple[Header, ...]:
         ModelNotFoundError: there is no such file.
         CheckpointError: it, or one of its shards, is damaged, missing or of a format that is not read.
     """
-    if not path.name.endswith(INDEX_SUFFIX):
+    if INDEX_NAME not in path.name:
         return (read_header(path),)
     weight_map = _read_index(path)
     headers = []

@@ -6,12 +6,13 @@ shapes are read in `detect`; how the names inside a part translate is `layout`'s
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from octavo.checkpoint.header import Entry
+from octavo.errors import CorruptFileError
 
 Kind = Literal["mmdit", "clip_l", "clip_g", "t5", "vae", "lora", "controlnet", "embedding"]
 Style = Literal["single-file", "diffusers"]
@@ -38,9 +39,16 @@ CLIP_PREFIXES = (
 T5_PREFIXES = ("text_encoders.t5xxl.transformer.", "t5xxl.transformer.", "t5xxl.", "")
 VAE_PREFIXES = ("first_stage_model.", "vae.", "")
 
-LORA = re.compile(r"(^lora_(unet|te\d?|transformer)_)|\.(lora_(A|B|up|down|mid)|lora\.(up|down)|hada_w\d|lokr_w\d)\b")
-CONTROLNET = re.compile(r"(^|\.)(controlnet_blocks|control_model|zero_convs?)\.|^control_type$")
-EMBEDDING = re.compile(r"^(emb_params|clip_l|clip_g|t5xxl|string_to_param(\..+)?)$")
+_LORA = re.compile(r"(^lora_(unet|te\d?|transformer)_)|\.(lora_(A|B|up|down|mid)|lora\.(up|down)|hada_w\d|lokr_w\d)\b")
+_CONTROLNET = re.compile(r"(^|\.)(controlnet_blocks|control_model|zero_convs?)\.|^control_type$")
+_EMBEDDING = re.compile(r"^(emb_params|clip_l|clip_g|t5xxl|string_to_param(\..+)?)$")
+
+# Files that go beside a model, by what their names are like.
+ADDITIONS: Sequence[tuple[Kind, Callable[[Collection[str]], bool]]] = (
+    ("lora", lambda names: any(_LORA.search(name) for name in names)),
+    ("controlnet", lambda names: any(_CONTROLNET.search(name) for name in names)),
+    ("embedding", lambda names: 0 < len(names) <= 8 and all(_EMBEDDING.match(name) for name in names)),
+)
 
 # What a file of no use here is, by a name in it.
 FOREIGN: Sequence[tuple[re.Pattern[str], str]] = (
@@ -62,6 +70,14 @@ class Part:
     names: frozenset[str]  # its tensors, prefix included; scales and markers too
 
 
+class Found(NamedTuple):
+    """A part before its tensors are counted."""
+
+    kind: Kind
+    prefix: str
+    style: Style
+
+
 def find_parts(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> tuple[Part, ...]:
     """The parts of a file in the order diffusion model, text encoders, VAE; none if it holds nothing known.
 
@@ -69,42 +85,30 @@ def find_parts(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, 
         path: of the file; its name decides where tensors leave a doubt.
         entries: its tensors.
         metadata: its header's, which may name the kind of a small model's encoder.
+
+    Raises:
+        CorruptFileError: the metadata does so, but not as it should.
     """
-    for kind, pattern in (("lora", LORA), ("controlnet", CONTROLNET)):
-        if any(pattern.search(name) for name in entries):
-            return (Part(kind, "", "single-file", frozenset(entries)),)  # type: ignore[arg-type]
-    if 0 < len(entries) <= 8 and all(EMBEDDING.match(name) for name in entries):
-        return (Part("embedding", "", "single-file", frozenset(entries)),)
+    for kind, is_part in ADDITIONS:
+        if is_part(entries):
+            return (Part(kind, "", "single-file", frozenset(entries)),)
 
-    found: list[tuple[Kind, str, Style]] = []
-    for prefix in _present(MMDIT_PREFIXES, "joint_blocks.", entries)[:1]:
-        found.append(("mmdit", prefix, "single-file"))
-    if not found:
-        for prefix in _present(MMDIT_PREFIXES, "transformer_blocks.", entries)[:1]:
-            if f"{prefix}pos_embed.proj.weight" in entries:
-                found.append(("mmdit", prefix, "diffusers"))
-    for prefix in _present(CLIP_PREFIXES, "text_model.", entries):
-        found.append((_which_clip(path, prefix, entries, metadata), prefix, "single-file"))
-    for prefix in _present(T5_PREFIXES, "encoder.block.", entries)[:1]:
-        found.append(("t5", prefix, "single-file"))
-    for prefix in VAE_PREFIXES:
-        if any(f"{prefix}{half}.conv_in.weight" in entries for half in ("encoder", "decoder")):
-            halves = (f"{prefix}encoder.mid_block.", f"{prefix}decoder.mid_block.")
-            found.append(
-                ("vae", prefix, "diffusers" if any(name.startswith(halves) for name in entries) else "single-file")
-            )
-            break
+    found = [
+        *_diffusion_model(entries),
+        *(
+            Found(_which_clip(path, prefix, entries, metadata), prefix, "single-file")
+            for prefix in _present(CLIP_PREFIXES, "text_model.", entries)
+        ),
+        *(Found("t5", prefix, "single-file") for prefix in _present(T5_PREFIXES, "encoder.block.", entries)[:1]),
+        *_vae(entries),
+    ]
+    prefixes = tuple(part.prefix for part in found if part.prefix)
 
-    prefixes = tuple(prefix for _, prefix, _ in found if prefix)
+    def belongs(name: str, prefix: str) -> bool:
+        return name.startswith(prefix) if prefix else not name.startswith(prefixes)
+
     return tuple(
-        Part(
-            kind,
-            prefix,
-            style,
-            frozenset(
-                name for name in entries if (name.startswith(prefix) if prefix else not name.startswith(prefixes))
-            ),
-        )
+        Part(kind, prefix, style, frozenset(name for name in entries if belongs(name, prefix)))
         for kind, prefix, style in found
     )
 
@@ -118,13 +122,35 @@ def what_else(names: Iterable[str]) -> str | None:
     return None
 
 
-def own_config(metadata: Mapping[str, str]) -> dict[str, object]:
-    """What a header says of its model beyond what shapes can say, or nothing; see `detect`."""
+def own_config(path: Path, metadata: Mapping[str, str]) -> dict[str, object]:
+    """What the header of the file at `path` says of its model beyond what shapes can say, or nothing; see `detect`.
+
+    Raises:
+        CorruptFileError: it is not a JSON object.
+    """
     try:
         config = json.loads(metadata.get(CONFIG_KEY, "{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) else {}
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"'{path}' has no JSON under '{CONFIG_KEY}' in its header. Write it again.") from error
+    if not isinstance(config, dict):
+        raise CorruptFileError(f"'{path}' has no JSON object under '{CONFIG_KEY}' in its header. Write it again.")
+    return config
+
+
+def _diffusion_model(entries: Mapping[str, Entry]) -> list[Found]:
+    if single := _present(MMDIT_PREFIXES, "joint_blocks.", entries):
+        return [Found("mmdit", single[0], "single-file")]
+    # FLUX calls its blocks alike, but has no table of positions to go with its patches.
+    alike = _present(MMDIT_PREFIXES, "transformer_blocks.", entries)
+    return [Found("mmdit", prefix, "diffusers") for prefix in alike if f"{prefix}pos_embed.proj.weight" in entries][:1]
+
+
+def _vae(entries: Mapping[str, Entry]) -> list[Found]:
+    for prefix in VAE_PREFIXES:
+        if f"{prefix}encoder.conv_in.weight" in entries or f"{prefix}decoder.conv_in.weight" in entries:
+            in_diffusers = _present((f"{prefix}encoder.", f"{prefix}decoder."), "mid_block.", entries)
+            return [Found("vae", prefix, "diffusers" if in_diffusers else "single-file")]
+    return []
 
 
 def _present(prefixes: Iterable[str], beginning: str, entries: Mapping[str, Entry]) -> list[str]:
@@ -143,7 +169,7 @@ def _which_clip(
     width = embedding.shape[-1] if embedding is not None and embedding.shape else None
     if width in (768, 1280):
         return "clip_l" if width == 768 else "clip_g"
-    kind = own_config(metadata).get("kind")
+    kind = own_config(path, metadata).get("kind")
     if kind in ("clip_l", "clip_g"):
         return kind
     stem = path.stem.lower().replace("-", "_")

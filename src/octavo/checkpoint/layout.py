@@ -61,7 +61,7 @@ KNOWN_SURPLUS: Mapping[str, re.Pattern[str]] = {
     "clip_g": re.compile(
         r"text_model\.embeddings\.position_ids|logit_scale|text_projection|vision_model\..*|visual_projection\..*"
     ),
-    "t5": re.compile(r"encoder\.embed_tokens\.weight|decoder\..*|lm_head\.weight|spiece_model"),
+    "t5": re.compile(r"encoder\.embed_tokens\.weight|decoder\..*|lm_head\.weight|logit_scale|spiece_model"),
     "vae": re.compile(r"(loss|model_ema)\..*"),
 }
 

@@ -4,6 +4,7 @@ A plan holds the model on the meta device, its FP8 layers in their places, and f
 from. Making it finds everything that can be wrong with a file but its values; `load` follows it, `describe` reports it.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,11 @@ class Slab:
     @property
     def rows(self) -> int:
         return self.stop - self.start
+
+    @property
+    def numel(self) -> int:
+        all_rows = self.entry.shape[-1 if self.transposed else 0]
+        return math.prod(self.entry.shape) // all_rows * self.rows
 
     @property
     def scale(self) -> Tensor:
