@@ -100,23 +100,31 @@ def _caption(scene: Scene, rng: random.Random, *, unseen: bool) -> str:
     if unseen:
         return _unseen_order(scene, what, place, background, rng)
     chance = rng.random()
-    if background and scene.background_end is None and chance < 0.08:
-        return f"{opening} {_article(_colour(scene.background, rng), rng)} background with {what} {place}"
-    if background and chance < 0.2:
+    if background and scene.background_end is None and chance < 0.16:
+        colour = _colour(scene.background, rng)
+        if chance < 0.08:
+            return f"{opening} {_article(colour, rng)} background with {what} {place}"
+        if chance < 0.12:
+            return (
+                f"{opening} {what} {place} and {rng.choice([f'the background is {colour}', f'a {colour} background'])}"
+            )
+        return f"{opening} {_article(colour, rng)} background and {what} {place}"
+    if background and chance < 0.26:
         return f"{opening} {background} {what} {place}"
-    if place and chance < 0.3:
+    if place and chance < 0.36:
         return f"{opening} {place} {what} {background}"
-    if place and chance < 0.45:
+    if place and chance < 0.5:
         return f"{opening} {what} {background} {place}"
     return f"{opening} {what} {place} {background}"
 
 
 def _unseen_order(scene: Scene, what: str, place: str, background: str, rng: random.Random) -> str:
-    """Orders kept out of training: the opening in the middle, the background as a clause of its own."""
+    """Orders kept out of training: the opening in the middle, the background as a clause at the beginning."""
     orders = [f"{background} there is {what} {place}"]
     if scene.background_end is None:
-        colour = _colour(scene.background, rng)
-        orders += [f"{what} {place} and the background is {colour}", f"{colour} background and {what} {place}"]
+        orders.append(f"the background is {_colour(scene.background, rng)} with {what} {place}")
+    if place:
+        orders.append(f"{place} there is {what} {background}")
     return rng.choice(orders)
 
 
