@@ -33,4 +33,7 @@ def all_finite_codes(q: torch.Tensor) -> bool:
     """Whether the FP8 tensor `q` holds neither NaN nor infinity."""
     if q.numel() == 0:
         return True
-    return int((q.view(torch.uint8) & 0x7F).amax()) < FORMATS[q.dtype].first_non_finite_code
+    # As signed bytes positive numbers are the largest, as unsigned ones negative numbers. Masking the sign off would
+    # take memory of q's size, which loading cannot spare.
+    limit = FORMATS[q.dtype].first_non_finite_code
+    return int(q.view(torch.int8).amax()) < limit and int(q.view(torch.uint8).amax()) < 0x80 + limit
