@@ -14,6 +14,8 @@ from torch import Tensor
 
 from octavo.devices import whole_processor
 from octavo.errors import NumericsError
+from octavo.fp8 import all_finite
+from octavo.fp8 import watch as watch_layers
 from octavo.pipeline.components import Components
 from octavo.pipeline.decode import OVERLAP, TILE, decode, to_uint8
 from octavo.pipeline.denoise import Question, Track, denoise, make_tables
@@ -118,17 +120,24 @@ def draw(components: Components, job: Job, track: Track, watch: Watcher, index: 
 
     def answer(x: Tensor, sigma: float) -> Tensor | Guided:
         nonlocal done
-        (guided,) = denoise(mmdit, [Question(x, sigma, track, sampler.needs_uncond)])
+        question = Question(x, sigma, track, sampler.needs_uncond)
+        (guided,) = denoise(mmdit, [question])
         done += 1
+        if not all_finite(guided.denoised):
+            with watch_layers(mmdit) as culprit:
+                denoise(mmdit, [question])
+            raise NumericsError(
+                f"The model gave NaN or infinity in evaluation {done}. {culprit} "
+                "Try --dtype float32 or another file of the model."
+            )
         watch(Progress("denoise", index, pictures, done, len(calls), guided.denoised))
         return guided if sampler.needs_uncond else guided.denoised
 
     run = sampler(x, sigmas, noise=for_run(sampler, x, sigmas, job.seed), shift=job.shift)
     latents = sample(run, answer)
-    if not latents.isfinite().all():
+    if not all_finite(latents):
         raise NumericsError(
-            f"The model gave NaN or infinity after {done} steps in {components.dtype}; "
-            f"try --dtype float32, or another file of the model."
+            f"The sampler {job.sampler} gave NaN or infinity with the schedule {job.schedule}; try another of either."
         )
 
     # From latents to pixels
