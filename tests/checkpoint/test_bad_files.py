@@ -222,9 +222,14 @@ def test_another_kind_of_file_is_called_by_its_name(name: str, says: str) -> Non
         load_mmdit(golden(name))
 
 
-@pytest.mark.parametrize("load", [load_clip, load_t5, load_vae])
-def test_a_part_that_is_not_inside_is_missed(tmp_path: Path, load: Callable[[Path], object]) -> None:
-    with pytest.raises(WrongModelError, match="holds diffusion model, which is not what is needed"):
+@pytest.mark.parametrize(
+    ("load", "part"),
+    [(load_clip, "text encoder CLIP-L or text encoder CLIP-G"), (load_t5, "text encoder T5"), (load_vae, "VAE")],
+)
+def test_a_part_that_is_not_inside_is_missed(tmp_path: Path, load: Callable[[Path], object], part: str) -> None:
+    with pytest.raises(
+        WrongModelError, match=f"holds diffusion model, but no {part}. Give a file that holds the {part}"
+    ):
         load(written(tmp_path, tiny("mmdit")))
 
 

@@ -1,7 +1,8 @@
-"""Whatever happens to a file's bytes, it loads or is refused as a CheckpointError; no other exception, no hang."""
+"""Whatever happens to a file's bytes, it loads or is refused as a CheckpointError, and so it is described."""
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from octavo.checkpoint import load_clip, load_mmdit, load_t5, load_vae
+from octavo.checkpoint.describe import describe
 from octavo.checkpoint.kinds import Kind
 from octavo.checkpoint.plan import MODELS
 from octavo.checkpoint.save import save_safetensors
@@ -93,6 +95,8 @@ def loads_or_is_refused(kind: Kind, content: bytes) -> bool:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "a.safetensors"
         path.write_bytes(content)
+        with suppress(CheckpointError):
+            describe(path)
         try:
             LOADERS[kind](path)
         except CheckpointError as error:

@@ -52,21 +52,23 @@ class Source:
         """The first part of one of these kinds; WrongModelError, saying what the file is instead, if there is none."""
         located = self.find(*kinds)
         if located is None:
-            raise WrongModelError(f"'{self.path}' {self._what_it_is()}")
+            asked = " or ".join(TITLES[kind] for kind in kinds)
+            needed = NEEDED if "mmdit" in kinds else f"Give a file that holds the {asked}"
+            raise WrongModelError(f"'{self.path}' {self._what_it_is(asked)}. {needed}.")
         return located
 
-    def _what_it_is(self) -> str:
+    def _what_it_is(self, asked: str) -> str:
         for located in self.parts:
             if (kind := located.part.kind) in BESIDES:
-                return f"is a {TITLES[kind]}: {BESIDES[kind]}. {NEEDED}."
+                return f"is a {TITLES[kind]}: {BESIDES[kind]}"
         if self.parts:
             held = " and ".join(TITLES[located.part.kind] for located in self.parts)
-            return f"holds {held}, which is not what is needed here. {NEEDED}, or a file that holds the part asked for."
+            return f"holds {held}, but no {asked}"
         names = [name for file in self.files for name in file.entries]
         if what := what_else(names):
-            return f"is {what}, which Octavo does not run. {NEEDED}."
+            return f"is {what}, which Octavo does not run"
         example = f", such as '{min(names)}'" if names else ""
-        return f"holds nothing that Octavo knows, but {len(names)} other tensors{example}. {NEEDED}."
+        return f"holds nothing that Octavo knows, but {len(names)} other tensors{example}"
 
     def close(self) -> None:
         for file in self.files:
@@ -92,7 +94,8 @@ def open_source(path: Path) -> Source:
     if not weights and (own := weights_in(path)) is not None:
         weights = [own]
     if not weights:
-        pickles = sorted(file.name for file in path.rglob("*") if file.suffix in PICKLE_SUFFIXES)
+        inside = (*path.glob("*"), *path.glob("*/*"))
+        pickles = sorted(file.name for file in inside if file.suffix in PICKLE_SUFFIXES)
         if pickles:
             raise UnsupportedFormatError(f"'{path}' has its weights only as pickles ('{pickles[0]}'). {PICKLE_REMEDY}")
         raise ModelNotFoundError(
