@@ -14,8 +14,6 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-from benchmarks.common import Timing, in_own_process, report
-
 PROMPT = "a large red star on a blue background"
 COMMAND = [sys.executable, "-c", "from octavo.cli.main import main; main()"]
 
@@ -52,6 +50,8 @@ def main() -> None:
     if arguments.stages:
         stages()
         return
+    # Not at the top: the process that takes the stages times the import of torch, which this brings along.
+    from benchmarks.common import Timing, in_own_process, report
 
     for name, words in (("octavo_help", ["--help"]), ("octavo_generate", ["generate", PROMPT, "--seed", "1"])):
         seconds = []

@@ -1,6 +1,8 @@
 """CLIP, T5 and the VAE against recorded outputs of transformers, diffusers and ComfyUI."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -96,6 +98,19 @@ def test_latents_of_the_model_and_of_the_vae_are_mapped_as_comfyui_maps_them() -
     z = torch.tensor(table["in"])
     torch.testing.assert_close(to_latents(z), torch.tensor(table["process_in"]))
     torch.testing.assert_close(from_latents(z), torch.tensor(table["process_out"]))
+
+
+def test_building_on_the_meta_device_does_not_load_torch_s_compiler() -> None:
+    """It takes longer to import than a small model takes to draw."""
+    code = (
+        "import sys, torch\n"
+        "from octavo.models import *\n"
+        "with torch.device('meta'):\n"
+        "    T5Encoder(T5Config.xxl()), ClipTextEncoder(ClipConfig.clip_g())\n"
+        "    MMDiT(MMDiTConfig.medium()), VAE(VAEConfig())\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 @pytest.mark.parametrize(

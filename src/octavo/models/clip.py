@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.models.attention import attention
+from octavo.models.layers import Embedding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +50,8 @@ class ClipEmbeddings(nn.Module):
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
-        self.position_embedding = nn.Embedding(config.positions, config.width)
+        self.token_embedding = Embedding(config.vocab_size, config.width)
+        self.position_embedding = Embedding(config.positions, config.width)
 
     def forward(self, tokens: Tensor, vectors: Mapping[tuple[int, int], Tensor]) -> Tensor:
         embedded: Tensor = self.token_embedding(tokens)

@@ -74,6 +74,14 @@ class PatchEmbed(nn.Module):
         return out.flatten(2).transpose(1, 2).contiguous()
 
 
+class Embedding(nn.Embedding):
+    """A table of vectors, left as it is on the meta device: drawing numbers there makes torch load its compiler."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) · weight over the last axis; Zhang & Sennrich 2019 (arXiv 1910.07467)."""
 

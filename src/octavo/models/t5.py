@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.models.attention import attention
-from octavo.models.layers import RMSNorm
+from octavo.models.layers import Embedding, RMSNorm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +67,7 @@ class T5SelfAttention(nn.Module):
         self.v = nn.Linear(config.width, inner, bias=False)
         self.o = nn.Linear(inner, config.width, bias=False)
         if has_bias:
-            self.relative_attention_bias = nn.Embedding(config.buckets, config.heads)
+            self.relative_attention_bias = Embedding(config.buckets, config.heads)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.q, self.k, self.v))
@@ -142,7 +142,7 @@ class T5Encoder(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.config = config
-        self.shared = nn.Embedding(config.vocab_size, config.width)
+        self.shared = Embedding(config.vocab_size, config.width)
         self.encoder = T5Stack(config)
 
     def forward(self, tokens: Tensor, vectors: Mapping[tuple[int, int], Tensor] | None = None) -> Tensor:
