@@ -136,6 +136,9 @@ def generate(
         )
     for remark in dict.fromkeys([*components.warnings, *(r for q in requests for r in components.remarks(q.prompt))]):
         console.print(remark, style="yellow", markup=False)
+    known = (components.preset.width, components.preset.height)
+    if components.embedded and any((r.width or known[0], r.height or known[1]) != known for r in requests):
+        console.print(f"It has only seen {known[0]}x{known[1]} pictures; other sizes come out worse.", style="yellow")
     for request in requests:
         _draw(console, components, request, out, preview)
 

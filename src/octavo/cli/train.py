@@ -27,7 +27,7 @@ def _group() -> None:
 @train.command(epilog=EPILOG)
 def demo(
     stage: Annotated[
-        int, typer.Option(min=0, max=4, help="0 trains the VAE, 1 to 4 the model on ever more kinds of pictures.")
+        int, typer.Option(min=0, max=5, help="0 trains the VAE, 1 to 5 the model on ever more kinds of pictures.")
     ],
     minutes: Annotated[float, typer.Option(min=0.01, help="Time for this stage, over all calls.")],
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
