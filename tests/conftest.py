@@ -1,9 +1,16 @@
 """One thread and no gradients for every test: small tensors run faster so, and results do not vary with the machine."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
+
+# Examples are not raced against a clock: machines are busy. In CI hypothesis does so by itself, and draws the same ones.
+if "CI" not in os.environ:
+    settings.register_profile("octavo", deadline=None)
+    settings.load_profile("octavo")
 
 
 @pytest.fixture(autouse=True)
