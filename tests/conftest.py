@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Examples are not raced against a clock: machines are busy. In CI hypothesis does so by itself, and draws the same ones.
+# Examples are not raced against a clock: machines are busy. In CI hypothesis sees to that, and draws the same ones.
 if "CI" not in os.environ:
     settings.register_profile("octavo", deadline=None)
     settings.load_profile("octavo")
