@@ -1,5 +1,6 @@
 """The checker reads drawings without mistakes, and its verdicts name what is wrong."""
 
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -7,9 +8,11 @@ import pytest
 
 from octavo.evaluate.checker import ATTRIBUTES, ShapeClassifier, judge, load_classifier, read
 from octavo.evaluate.examine import examine
-from octavo.evaluate.prompts import questions
+from octavo.evaluate.lettering import UNREADABLE
+from octavo.evaluate.prompts import Question, questions
 from octavo.train.drawing import draw, to_bytes
-from octavo.train.scenes import MIXES, Scene, Thing, is_held_out
+from octavo.train.scenes import MIXES, Scene, Thing, is_held_out, jittered, sample_scene
+from octavo.train.spelling import Word, fitting_radius
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +66,76 @@ def test_a_verdict_names_exactly_what_is_wrong(shown: Scene, wrong: set[str], cl
     assert verdict["all"] == (not wrong)
 
 
+SIGN = Scene(
+    "word and thing",
+    (Thing("star", "red", 0.5, 0.33, 0.25),),
+    "white",
+    relation="above",
+    word=Word("OCEAN", "blue", 0.5, 0.8, fitting_radius("OCEAN")),
+)
+OCEAN = SIGN.word
+assert OCEAN is not None
+
+
+@pytest.mark.parametrize(
+    ("shown", "wrong"),
+    [
+        (SIGN, set()),
+        (replace(SIGN, word=replace(OCEAN, text="OCEAM")), {"word"}),
+        (replace(SIGN, word=replace(OCEAN, text="OCEN", x=0.5)), {"word"}),
+        (replace(SIGN, word=replace(OCEAN, colour="green")), {"colour"}),
+        (replace(SIGN, word=replace(OCEAN, text="CAN", radius=0.17)), {"word", "size"}),
+        (replace(SIGN, word=None), {"word", "colour", "place", "size"}),
+        (replace(SIGN, things=()), {"count", "colour", "shape", "place", "size"}),
+        (
+            replace(SIGN, things=(replace(SIGN.things[0], y=0.67),), word=replace(OCEAN, y=0.2)),
+            {"place"},
+        ),
+    ],
+)
+def test_a_verdict_on_a_word_names_exactly_what_is_wrong(
+    shown: Scene, wrong: set[str], classifier: ShapeClassifier
+) -> None:
+    (picture,) = to_bytes(draw([shown], 128))
+    verdict = judge(SIGN, read(picture, classifier))
+    assert {name for name in ATTRIBUTES if not verdict[name]} == wrong
+
+
+def test_any_forty_words_are_read_letter_by_letter(classifier: ShapeClassifier) -> None:
+    rng = random.Random(6)
+    shown = [
+        jittered(sample_scene(rng, 5, kind=kind, held_out=held_out), rng)
+        for kind in ("word", "word and thing")
+        for held_out in (False, True)
+        for _ in range(10)
+    ]
+    for scene, picture in zip(shown, to_bytes(draw(shown, 128)), strict=True):
+        verdict = judge(scene, read(picture, classifier))
+        assert verdict["all"], (scene.word, verdict)
+
+
+def test_what_is_no_letter_is_not_read_as_one(classifier: ShapeClassifier) -> None:
+    """Three discs in a row stand as letters do, but are none."""
+    things = tuple(Thing("circle", "red", x, 0.5, 0.1) for x in (0.2, 0.5, 0.8))
+    (picture,) = to_bytes(draw([Scene("several", things, "white")], 128))
+    word = read(picture, classifier).word
+    assert word is not None
+    assert set(word.text) == {UNREADABLE}
+
+
+def test_words_are_counted_only_where_one_was_asked_for(classifier: ShapeClassifier) -> None:
+    asked = [Question("a star", SIGN, False), Question("a pair", BASE, False)]
+    (star_alone,) = to_bytes(draw([replace(SIGN, word=None)], 64))
+    rates = examine(lambda prompts: [star_alone] * len(prompts), asked, classifier).rates()
+    assert rates["word"] == 0
+    assert "word" not in examine(lambda prompts: [star_alone] * len(prompts), asked[1:], classifier).rates()
+
+
 def test_an_empty_picture_is_read_as_a_background_alone(classifier: ShapeClassifier) -> None:
     reading = read(np.full((64, 64, 3), (36, 160, 72), dtype=np.uint8), classifier)
     assert reading.background == "green"
     assert reading.things == ()
+    assert reading.word is None
 
 
 def test_noise_is_no_crowd_of_things_that_passes(classifier: ShapeClassifier) -> None:

@@ -11,13 +11,14 @@ from torch import Tensor
 from octavo.checkpoint.load import load_clip, load_mmdit, load_t5, load_vae
 from octavo.models.vae import SCALE, SHIFT, to_latents
 from octavo.train.autoencoder import AutoencoderRecipe, autoencoder_loss, fold_statistics, new_vae, random_scene
-from octavo.train.demo import DemoRecipe, demo_loss, draw_batch, train_stage, train_vae
+from octavo.train.demo import PRESETS, DemoRecipe, demo_loss, draw_batch, train_stage, train_vae
 from octavo.train.drawing import draw
 from octavo.train.export import export
 from octavo.train.latents import Pool, pool_scenes
 from octavo.train.loop import Budget, averaged_weights
 from octavo.train.model import CLIP_WIDTH, POSITIONS, T5_WIDTH, DemoModel, Tokenization
 from octavo.train.optimizer import Optimizer
+from octavo.train.scenes import MIXES
 
 TINY = DemoRecipe(
     depth=1,
@@ -35,6 +36,13 @@ def silent(_line: str) -> None:
 def pools() -> dict[str, Pool]:
     latents = torch.randn(8, 16, 4, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
     return {"plain": Pool(pool_scenes("plain", 1, 8, 0), latents)}
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_a_preset_has_pictures_of_every_kind_that_a_stage_mixes(preset: str) -> None:
+    for mix in MIXES.values():
+        assert mix.keys() <= PRESETS[preset].pool.keys()
+        assert sum(mix.values()) == pytest.approx(1)
 
 
 @pytest.mark.gradients

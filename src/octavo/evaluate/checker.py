@@ -1,8 +1,9 @@
-"""Read a picture back: its background, and the shape, colour, place and size of everything on it.
+"""Read a picture back: its background, the shape, colour, place and size of everything on it, and a word if it has one.
 
 The background is what the border shows, things are what differs from it; colours are the nearest of the palette, and
 shapes are told by a small classifier trained on the VAE's reconstructions of drawings (`train_classifier`), so that a
-picture is judged by what it shows and not by the VAE's softness. `judge` compares a reading with the scene asked for.
+picture is judged by what it shows and not by the VAE's softness. Letters are read in `lettering`. `judge` compares a
+reading with the scene asked for.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from safetensors.torch import load_file
 from scipy import ndimage
 from torch import Tensor, nn
 
+from octavo.evaluate.lettering import read_line, split_columns
 from octavo.train.drawing import draw, to_bytes
 from octavo.train.scenes import MORE_COLOURS, MORE_SHAPES, PALETTE, Scene, Thing
+from octavo.train.spelling import SHORTEST_WORD, Word
 
 Picture = npt.NDArray[np.uint8]
 Array = npt.NDArray[np.float64]
@@ -31,7 +34,7 @@ Array = npt.NDArray[np.float64]
 SIDE = 24  # of the masks that the classifier sees
 THRESHOLD = 38.0  # distance in RGB from which a pixel is no background; the palette's closest pair is 85 apart
 SMALLEST = 0.004  # of the picture's area: smaller spots are not counted
-ATTRIBUTES = ("background", "count", "colour", "shape", "place", "size")
+ATTRIBUTES = ("background", "count", "colour", "shape", "place", "size", "word")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class Reading:
     background: str
     background_end: str
     things: tuple[Thing, ...]
+    word: Word | None = None
 
 
 class ShapeClassifier(nn.Module):
@@ -71,18 +75,21 @@ def load_classifier(path: Path | None = None) -> ShapeClassifier:
 # ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True, slots=True)
 class Spot:
-    """Something that is not background: its soft mask [SIDE, SIDE], its mean colour, its place."""
+    """Something that is not background: its soft mask [SIDE, SIDE], its mean colour, its place, its cover [S, S]."""
 
     mask: Array
     colour: Array
     x: float
     y: float
     radius: float
+    half_height: float
+    cover: Array
 
 
 def read(picture: Picture, classifier: ShapeClassifier) -> Reading:
     """What `picture` [S, S, 3] shows."""
     background, spots = find_spots(picture)
+    word, spots = find_word(spots)
     names: list[str] = []
     if spots:
         with torch.no_grad():
@@ -92,7 +99,7 @@ def read(picture: Picture, classifier: ShapeClassifier) -> Reading:
         Thing(name, nearest_colour(spot.colour), spot.x, spot.y, spot.radius)
         for name, spot in zip(names, spots, strict=True)
     )
-    return Reading(nearest_colour(background[0]), nearest_colour(background[-1]), things)
+    return Reading(nearest_colour(background[0]), nearest_colour(background[-1]), things, word)
 
 
 def find_spots(picture: Picture) -> tuple[Array, list[Spot]]:
@@ -162,7 +169,35 @@ def _spot(cover: Array, colour: Array) -> Spot:
     steps = (np.arange(SIDE) + 0.5) / SIDE * 2 - 1
     at = np.meshgrid(y + steps * radius * 1.1 - 0.5, x + steps * radius * 1.1 - 0.5, indexing="ij")
     mask = ndimage.map_coordinates(cover, at, order=1, mode="constant")
-    return Spot(np.asarray(mask), colour, x / size, y / size, radius / size)
+    half_height = (rows[-1] - rows[0] + 1) / 2
+    return Spot(np.asarray(mask), colour, x / size, y / size, radius / size, half_height / size, cover)
+
+
+def find_word(spots: Sequence[Spot]) -> tuple[Word | None, list[Spot]]:
+    """The word among the spots, if there is one, and all spots that are not part of it.
+
+    A word is a line of at least `SHORTEST_WORD` parts in one colour, most of them equally tall; things never stand so.
+    """
+    for tall in spots:
+        line = [spot for spot in spots if _in_line_with(tall, spot)]
+        cover = np.max([spot.cover for spot in line], axis=0)
+        parts = split_columns(cover)
+        equally_tall = [spot for spot in line if spot.half_height > 0.85 * tall.half_height]
+        if len(parts) < SHORTEST_WORD or 2 * len(equally_tall) <= len(parts):
+            continue
+        size = len(cover)
+        y = float(np.median([spot.y for spot in equally_tall]))
+        radius = float(np.median([spot.half_height for spot in equally_tall]))
+        text = read_line(cover, parts, (y - radius) * size, (y + radius) * size)
+        middle = (parts[0][0] + parts[-1][1]) / 2 / size
+        word = Word(text, nearest_colour(tall.colour), middle, y, radius)
+        return word, [spot for spot in spots if not _in_line_with(tall, spot)]
+    return None, list(spots)
+
+
+def _in_line_with(tall: Spot, spot: Spot) -> bool:
+    same_colour = nearest_colour(spot.colour) == nearest_colour(tall.colour)
+    return same_colour and abs(spot.y - tall.y) + spot.half_height < 1.3 * tall.half_height
 
 
 # ── judging ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -170,7 +205,8 @@ def judge(scene: Scene, reading: Reading) -> dict[str, bool]:
     """Whether each of ATTRIBUTES is as the scene has it, and "all" of them.
 
     `place` asks that a thing stands on every spot, and that no other pairing of things and spots fits their shapes and
-    colours better; `size` that every thing is nearer to its own size than to the other.
+    colours better; `size` that every thing is nearer to its own size than to the other. `word` is about its letters;
+    its colour, place and size are asked for together with those of the things.
     """
     wanted, found = scene.things, reading.things
     verdict = dict.fromkeys(ATTRIBUTES, False)
@@ -180,7 +216,8 @@ def judge(scene: Scene, reading: Reading) -> dict[str, bool]:
     verdict["count"] = len(wanted) == len(found)
     verdict["colour"] = sorted(t.colour for t in wanted) == sorted(t.colour for t in found)
     verdict["shape"] = sorted(t.shape for t in wanted) == sorted(t.shape for t in found)
-    if verdict["count"] and wanted:
+    verdict["word"] = (scene.word and scene.word.text) == (reading.word and reading.word.text)
+    if verdict["count"]:
         pairings = list(itertools.permutations(found))
         nearest = min(pairings, key=lambda pairing: sum(map(_apart, wanted, pairing)))
         best = max(sum(map(_alike, wanted, pairing)) for pairing in pairings)
@@ -188,6 +225,11 @@ def judge(scene: Scene, reading: Reading) -> dict[str, bool]:
             all(a < 0.1 for a in map(_apart, wanted, nearest)) and sum(map(_alike, wanted, nearest)) == best
         )
         verdict["size"] = all(0.72 < f.radius / expected_extent(w) < 1.39 for w, f in zip(wanted, nearest, strict=True))
+    if scene.word:
+        asked, seen = scene.word, reading.word
+        verdict["colour"] &= seen is not None and seen.colour == asked.colour
+        verdict["place"] &= seen is not None and float(np.hypot(seen.x - asked.x, seen.y - asked.y)) < 0.1
+        verdict["size"] &= seen is not None and 0.72 < seen.radius / asked.radius < 1.39
     verdict["all"] = all(verdict.values())
     return verdict
 

@@ -20,8 +20,14 @@ class Examination:
     verdicts: Sequence[dict[str, bool]]
 
     def rates(self) -> dict[str, float]:
-        """Share of right pictures by attribute, all of them together, and "all" by kind of scene and wording."""
-        result = {name: self._rate(name) for name in (*ATTRIBUTES, "all")}
+        """Share of right pictures by attribute, all of them together, and "all" by kind of scene and wording.
+
+        The rate of "word" is that of the pictures that are to show one; there is none where no question asks for one.
+        """
+        result = {name: self._rate(name) for name in (*ATTRIBUTES, "all") if name != "word"}
+        spelt = [q.scene.word is not None for q in self.questions]
+        if any(spelt):
+            result["word"] = self._rate("word", spelt)
         for kind in sorted({q.scene.kind for q in self.questions}):
             result[f"all, {kind}"] = self._rate("all", [q.scene.kind == kind for q in self.questions])
         result["all, unseen wording"] = self._rate("all", [q.unseen_wording for q in self.questions])

@@ -1,7 +1,7 @@
 """What the embedded model is asked in an examination: prompts that its training never showed.
 
-Every prompt has a pair of shape and colour that training keeps out; every other one is also worded in an order that
-training never uses.
+Every prompt has a pair of shape and colour, or a word to show, that training keeps out; every other one is also worded
+in an order that training never uses.
 """
 
 from __future__ import annotations

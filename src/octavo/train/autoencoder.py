@@ -21,6 +21,7 @@ from octavo.train.drawing import draw
 from octavo.train.loop import Budget, Report, train
 from octavo.train.optimizer import OptimizerSettings
 from octavo.train.scenes import MORE_COLOURS, MORE_SHAPES, Scene, Thing
+from octavo.train.spelling import Word, sample_word
 
 EMBEDDED_VAE = VAEConfig(channels=(32, 48, 64, 64), layers_per_block=1, groups=8)
 
@@ -62,7 +63,11 @@ def random_scene(rng: random.Random) -> Scene:
         )
         for _ in range(rng.choice([1, 1, 2, 2, 3, 4]))
     )
-    return Scene("single", things, rng.choice(MORE_COLOURS), rng.choice(MORE_COLOURS) if gradient else None)
+    word = None
+    if rng.random() < 0.25:
+        middle = (rng.uniform(0.2, 0.8), rng.uniform(0.2, 0.8))
+        word = Word(sample_word(rng), rng.choice(MORE_COLOURS), *middle, rng.uniform(0.1, 0.2))
+    return Scene("single", things, rng.choice(MORE_COLOURS), rng.choice(MORE_COLOURS) if gradient else None, word=word)
 
 
 def train_autoencoder(

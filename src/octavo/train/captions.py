@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from octavo.train.scenes import COLOURS, MORE_COLOURS, MORE_SHAPES, SHAPES, Scene, Thing
+from octavo.train.spelling import Word
 
-LONGEST = 18  # words; with a start and an end token a caption fills at most 20 positions
+# Words, of which every letter of a word in capitals is one; with a start and an end token, at most 20 positions.
+LONGEST = 18
 
 _SHAPE_WORDS: Mapping[str, Sequence[str]] = MappingProxyType(
     {
@@ -54,8 +56,9 @@ _LINKS = (
     "a an the one in on at of to with and is that against over under near next beside",
     "left right top bottom upper lower center centre middle corner side background above below beneath",
 )
-# For captions about lettering, which no stage has yet: a vocabulary cannot grow once a model is trained on it.
-_RESERVED = ("it its by word text letters writing says saying written reads",)
+# For captions about words, from stage 5 on; counted from stage 4 on, for a vocabulary cannot grow once a model is
+# trained on it. The letters themselves come with the tokenizer.
+_LETTERING = ("it its by word text letters writing says saying written reads",)
 _UNKNOWN = "unfamiliar"  # a word outside the vocabulary: the model learns to pass over such
 
 
@@ -70,12 +73,12 @@ def words(stage: int = 4) -> list[str]:
     ]  # fmt: skip
     if more:
         numbers = [number for options in _NUMBERS.values() for number in options]
-        phrases += [*(_plural(word) for word in shapes), *numbers, *_RESERVED, "gradient to from"]
+        phrases += [*(_plural(word) for word in shapes), *numbers, *_LETTERING, "gradient to from"]
     return sorted({word for phrase in phrases for word in phrase.split()})
 
 
 def caption(scene: Scene, rng: random.Random, *, unseen: bool = False) -> str:
-    """One way of saying what `scene` shows, in at most `LONGEST` words.
+    """One way of saying what `scene` shows, at most `LONGEST` words long.
 
     Args:
         scene: what to say; what it marks as unsaid is left out.
@@ -88,8 +91,13 @@ def caption(scene: Scene, rng: random.Random, *, unseen: bool = False) -> str:
             parts = text.split()
             parts.insert(rng.randrange(len(parts) + 1), _UNKNOWN)
             text = " ".join(parts)
-        if len(text.split()) <= LONGEST:
+        if length(text) <= LONGEST:
             return text
+
+
+def length(text: str) -> int:
+    """Tokens of a caption: one for every word, and one for every letter of a word in capitals."""
+    return sum(len(word) if word.isupper() else 1 for word in text.split())
 
 
 def _caption(scene: Scene, rng: random.Random, *, unseen: bool) -> str:
@@ -129,7 +137,12 @@ def _unseen_order(scene: Scene, what: str, place: str, background: str, rng: ran
 
 
 def _what(scene: Scene, rng: random.Random) -> str:
+    if scene.word and not scene.things:
+        return _word(scene.word, rng, says_colour=scene.says_colour)
     thing = scene.things[0]
+    if scene.word:
+        word = _word(scene.word, rng, says_colour=scene.says_colour)
+        return _word_and_thing(word, _thing(thing, rng), scene.relation == "above", rng)
     if scene.kind == "several":
         number = rng.choice(_NUMBERS[len(scene.things)])
         return f"{number} {_colour(thing.colour, rng)} {_plural(_shape(thing.shape, rng))}"
@@ -170,6 +183,31 @@ def _pair(first: Thing, second: Thing, relation: str, rng: random.Random) -> str
             if rng.random() < 0.1:
                 return f"{a} at the bottom and {b} at the top"
     return f"{a} {link} {b}"
+
+
+def _word(word: Word, rng: random.Random, *, says_colour: bool) -> str:
+    colour = _colour(word.colour, rng) if says_colour else ""
+    chance = rng.random()
+    if chance < 0.4:
+        noun = rng.choice(("word", "word", "text", "letters"))
+        inside, after = (f"{colour} {noun}", "") if rng.random() < 0.4 else (noun, f"in {colour}" if colour else "")
+        return f"{rng.choice(('the', 'the', 'the', ''))} {inside} {word.text} {after}"
+    if chance < 0.55:
+        verb = rng.choice(("that says", "that reads", "saying"))
+        return f"{rng.choice(('a', 'the', ''))} {colour} text {verb} {word.text}"
+    if chance < 0.8:
+        return f"{word.text} {f'in {colour}' if colour else ''}"
+    end = rng.choice((f"in {colour} letters", f"written in {colour}")) if colour else "in letters"
+    return f"{rng.choice(('', 'the word'))} {word.text} {end}"
+
+
+def _word_and_thing(word: str, thing: str, thing_above: bool, rng: random.Random) -> str:
+    upper, lower = (thing, word) if thing_above else (word, thing)
+    if rng.random() < 0.15:
+        return f"{upper} at the top and {lower} at the bottom"
+    if rng.random() < 0.5:
+        return f"{upper} {rng.choice(['above', 'above', 'over', 'on top of'])} {lower}"
+    return f"{lower} {rng.choice(['below', 'below', 'under', 'beneath'])} {upper}"
 
 
 def _background(scene: Scene, rng: random.Random) -> str:

@@ -43,7 +43,15 @@ class DemoRecipe:
     size: int = 128  # pixels a side
     batch: int = 64
     pool: Mapping[str, int] = field(
-        default_factory=lambda: {"plain": 8192, "placed": 16384, "pair": 24576, "several": 8192, "gradient": 8192}
+        default_factory=lambda: {
+            "plain": 8192,
+            "placed": 16384,
+            "pair": 24576,
+            "several": 8192,
+            "gradient": 8192,
+            "word": 24576,
+            "word and thing": 24576,
+        }
     )  # pictures encoded by kind of scene
     empty_captions: float = 0.1  # share of captions that are empty, for classifier-free guidance
     encoder_dropout: float = 0.1  # share of captions that each encoder does not see
@@ -62,7 +70,15 @@ PRESETS: Mapping[str, DemoRecipe] = MappingProxyType(
         "cpu": DemoRecipe(),
         "h200": DemoRecipe(
             batch=1024,
-            pool={"plain": 65536, "placed": 262144, "pair": 393216, "several": 65536, "gradient": 65536},
+            pool={
+                "plain": 65536,
+                "placed": 262144,
+                "pair": 393216,
+                "several": 65536,
+                "gradient": 65536,
+                "word": 262144,
+                "word and thing": 262144,
+            },
             autoencoder=AutoencoderRecipe(batch=256),
         ),
     }
@@ -75,7 +91,7 @@ def train_vae(folder: Path, *, budget: Budget, recipe: DemoRecipe, device: str =
 
     def batches(i: int) -> Tensor:
         rng = random.Random(f"statistics {i}")
-        return draw([sample_scene(rng, 4) for _ in range(32)], recipe.size, device)
+        return draw([sample_scene(rng, max(MIXES)) for _ in range(32)], recipe.size, device)
 
     fold_statistics(vae, batches, noise=recipe.autoencoder.noise)
     save_file({name: t.cpu().contiguous() for name, t in vae.state_dict().items()}, folder / "vae.safetensors")

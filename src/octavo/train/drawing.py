@@ -1,15 +1,17 @@
 """Scenes to pictures, antialiased, on any device.
 
-Every shape is a table of signed distances, computed once from its outline; drawing looks distances up, so that a batch
-of scenes is a handful of tensor operations and the same code serves CPU and GPU. What to draw is `scenes`' business.
+Every shape and every letter is a table of signed distances, computed once from its outline; drawing looks distances up,
+so that a batch of scenes is a handful of tensor operations and the same code serves CPU and GPU. What to draw is
+`scenes`' business, what letters look like that of `glyphs`.
 
-B scenes, S pixels a side, T side of a shape's table.
+B scenes, S pixels a side, T side of a mark's table; marks are the things of a scene and the letters of its word.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import string
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,9 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.train.scenes import MORE_SHAPES, PALETTE, Scene
+from octavo.train.glyphs import letter_distance
+from octavo.train.scenes import MORE_SHAPES, PALETTE, Scene, Thing
 
-REACH = 1.5  # a shape's table covers [-REACH, REACH] radii
+MARKS = (*MORE_SHAPES, *string.ascii_uppercase)
+REACH = 1.5  # a mark's table covers [-REACH, REACH] radii
 TABLE = 192
 
 Points = npt.NDArray[np.float64]
@@ -43,14 +47,15 @@ def draw(scenes: Sequence[Scene], size: int, device: torch.device | str = "cpu")
     down = axis[None, None, :, None]
     picture = (start[:, :, None, None] * (1 - down) + end[:, :, None, None] * down).expand(-1, -1, -1, size)
     tables = distance_tables().to(device)
-    for layer in range(max(len(scene.things) for scene in scenes)):
-        rows = [i for i, scene in enumerate(scenes) if len(scene.things) > layer]
-        things = [scenes[i].things[layer] for i in rows]
+    marks = [_marks(scene) for scene in scenes]
+    for layer in range(max(map(len, marks))):
+        rows = [i for i, of_scene in enumerate(marks) if len(of_scene) > layer]
+        things = [marks[i][layer] for i in rows]
         spots = torch.tensor([(t.x, t.y, t.radius) for t in things], device=device)
         x, y, radius = spots[:, :, None].unbind(1)
         u = ((axis - x) / radius)[:, None, :].expand(-1, size, -1)
         v = ((axis - y) / radius)[:, :, None].expand(-1, -1, size)
-        table = tables[[MORE_SHAPES.index(t.shape) for t in things]][:, None]
+        table = tables[[MARKS.index(t.shape) for t in things]][:, None]
         grid = torch.stack([u, v], dim=-1) / REACH
         distance = F.grid_sample(table, grid, padding_mode="border", align_corners=True)
         cover = (0.5 - distance * radius[:, :, None, None] * size).clamp(0, 1)
@@ -58,6 +63,13 @@ def draw(scenes: Sequence[Scene], size: int, device: torch.device | str = "cpu")
         index = torch.tensor(rows, device=device)
         picture = picture.index_copy(0, index, picture[index] * (1 - cover) + colour * cover)
     return picture.contiguous()
+
+
+def _marks(scene: Scene) -> list[Thing]:
+    """All that is drawn of a scene, each letter as a thing of its own, whose shape is its name."""
+    word = scene.word
+    letters = [Thing(letter, word.colour, x, word.y, word.radius) for letter, x in word.spots()] if word else []
+    return [*scene.things, *letters]
 
 
 def to_bytes(pixels: Tensor) -> npt.NDArray[np.uint8]:
@@ -74,10 +86,10 @@ def _colours(names: Sequence[str], device: torch.device | str) -> Tensor:
 
 @functools.cache
 def distance_tables() -> Tensor:
-    """Distance in radii to every outline, negative inside: [shapes, T, T], in the order of MORE_SHAPES."""
+    """Distance in radii to every outline, negative inside: [marks, T, T], in the order of MARKS."""
     axis = np.linspace(-REACH, REACH, TABLE)
     x, y = np.meshgrid(axis, axis)
-    return torch.from_numpy(np.stack([_distance(name, x, y) for name in MORE_SHAPES])).float()
+    return torch.from_numpy(np.stack([_distance(name, x, y) for name in MARKS])).float()
 
 
 def _distance(shape: str, x: Points, y: Points) -> Points:
@@ -92,6 +104,8 @@ def _distance(shape: str, x: Points, y: Points) -> Points:
         case "cloud":
             discs = ((-0.52, 0.22, 0.43), (0.54, 0.24, 0.41), (-0.14, -0.18, 0.5), (0.3, -0.06, 0.42), (0, 0.3, 0.35))
             return functools.reduce(np.minimum, [_disc(x, y, *disc) for disc in discs])
+        case _ if shape.isupper():
+            return letter_distance(shape, x, y)
         case _:
             return _polygon_distance(OUTLINES[shape], x, y)
 

@@ -5,16 +5,20 @@ the picture: whatever a caption leaves out has a fixed value here (a star is yel
 small model learns what the words determine and stays at chance on what they do not. Stages widen the world step by
 step; each contains the ones before it.
 
-Some pairs of shape and colour, and some ways of wording, are kept out of training (`is_held_out`, `held_out=True`), so
-that `octavo.evaluate` can ask for what the model has never seen. Drawing is in `drawing`; nothing here imports torch.
+Some pairs of shape and colour, some words to show, and some ways of wording, are kept out of training (`is_held_out`,
+`spelling.KEPT_OUT_WORDS`, `held_out=True`), so that `octavo.evaluate` can ask for what the model has never seen.
+Drawing is in `drawing`; nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import TypeVar
+
+from octavo.train.spelling import LONGEST_WORD, SHORTEST_WORD, Word, fitting_radius, sample_word
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "ring", "moon", "arrow")
 MORE_SHAPES = (*SHAPES, "flower", "cloud")  # from stage 4 on
@@ -87,8 +91,9 @@ class Thing:
 class Scene:
     """All that a picture shows, and the part of it that a caption must say.
 
-    `kind` is one of "single", "pair", "several". `place`, `size` and `relation` are None where the caption
-    is to leave them out; `says_background` and `says_colour` are false where the fixed value is shown unsaid.
+    `kind` is one of "single", "pair", "several", "word", "word and thing". `place`, `size` and `relation` are None
+    where the caption is to leave them out; `says_background` and `says_colour` are false where the fixed value is
+    shown unsaid. With a word, `relation` is that of the thing to it and `says_colour` speaks of its letters.
     """
 
     kind: str
@@ -100,6 +105,7 @@ class Scene:
     relation: str | None = None
     says_background: bool = True
     says_colour: bool = True
+    word: Word | None = None
 
 
 def is_held_out(shape: str, colour: str) -> bool:
@@ -117,6 +123,9 @@ SPOT = MappingProxyType({"large": 0.25, "small": 0.32})  # distance of a named p
 RADIUS_AT_CENTER = MappingProxyType({"large": 0.36, "small": 0.16})
 RADIUS_AT_PLACE = MappingProxyType({"large": 0.21, "small": 0.12})
 PAIR_SPOT, PAIR_RADIUS = 0.24, 0.2
+WORD_SPOT, WORD_BY_THING_RADIUS = 0.3, 0.115
+THING_BY_WORD_SPOT, THING_BY_WORD_RADIUS = 0.17, 0.25
+LETTERS_COLOUR = "black"  # of a word whose caption names none
 JITTER = 0.006  # of the side: enough that a picture is not one fixed array, too little to be worth learning
 
 
@@ -144,18 +153,21 @@ SEVERAL: Mapping[int, tuple[tuple[tuple[float, float], ...], float]] = MappingPr
 
 
 def jittered(scene: Scene, rng: random.Random) -> Scene:
-    """The same scene with every thing moved and resized by about half a pixel."""
-    things = tuple(
-        Thing(
-            t.shape,
-            t.colour,
-            t.x + rng.uniform(-JITTER, JITTER),
-            t.y + rng.uniform(-JITTER, JITTER),
-            t.radius * rng.uniform(0.985, 1.015),
-        )
-        for t in scene.things
+    """The same scene with every thing, and the word as a whole, moved and resized by about half a pixel."""
+    things = tuple(_jittered(thing, rng) for thing in scene.things)
+    return replace(scene, things=things, word=_jittered(scene.word, rng) if scene.word else None)
+
+
+Mark = TypeVar("Mark", Thing, Word)
+
+
+def _jittered(mark: Mark, rng: random.Random) -> Mark:
+    return replace(
+        mark,
+        x=mark.x + rng.uniform(-JITTER, JITTER),
+        y=mark.y + rng.uniform(-JITTER, JITTER),
+        radius=mark.radius * rng.uniform(0.985, 1.015),
     )
-    return Scene(**{name: getattr(scene, name) for name in Scene.__dataclass_fields__} | {"things": things})
 
 
 # ── drawing scenes by lot ─────────────────────────────────────────────────────────────────────────────────────────
@@ -236,6 +248,43 @@ def _sample_gradient(rng: random.Random, stage: int, held_out: bool) -> Scene:
     return Scene("single", (_single(shape, colour, "center", "large"),), top, background_end=bottom)
 
 
+def _sample_word(rng: random.Random, stage: int, held_out: bool) -> Scene:
+    text = sample_word(rng, held_out=held_out)
+    says_colour = rng.random() > 0.1
+    colour = rng.choice(MORE_COLOURS) if says_colour else LETTERS_COLOUR
+    says_background = rng.random() > 0.15
+    return Scene(
+        "word",
+        (),
+        _background(rng, [colour], stage) if says_background else default_background(colour),
+        says_background=says_background,
+        says_colour=says_colour,
+        word=Word(text, colour, 0.5, 0.5, fitting_radius(text)),
+    )
+
+
+def _sample_word_and_thing(rng: random.Random, stage: int, held_out: bool) -> Scene:
+    shape, thing_colour = _pick(rng, held_out, stage)
+    text = sample_word(rng, held_out=held_out)
+    says_colour = rng.random() > 0.3
+    colour = rng.choice(MORE_COLOURS) if says_colour else LETTERS_COLOUR
+    says_background = rng.random() > 0.3
+    background = _background(rng, [thing_colour, colour], stage) if says_background else "white"
+    if background in (thing_colour, colour):
+        return _sample_word_and_thing(rng, stage, held_out)
+    relation = rng.choice(("above", "below"))
+    side = 1 if relation == "above" else -1
+    return Scene(
+        "word and thing",
+        (Thing(shape, thing_colour, 0.5, 0.5 - side * THING_BY_WORD_SPOT, THING_BY_WORD_RADIUS),),
+        background,
+        relation=relation,
+        says_background=says_background,
+        says_colour=says_colour,
+        word=Word(text, colour, 0.5, 0.5 + side * WORD_SPOT, fitting_radius(text, WORD_BY_THING_RADIUS)),
+    )
+
+
 # Share of each kind of scene in a stage's mix: the newest most, the earlier ones kept alive.
 MIXES: Mapping[int, Mapping[str, float]] = MappingProxyType(
     {
@@ -243,8 +292,12 @@ MIXES: Mapping[int, Mapping[str, float]] = MappingProxyType(
         2: {"plain": 0.3, "placed": 0.7},
         3: {"plain": 0.2, "placed": 0.35, "pair": 0.45},
         4: {"plain": 0.15, "placed": 0.25, "pair": 0.35, "several": 0.15, "gradient": 0.1},
+        5: {
+            "plain": 0.06, "placed": 0.12, "pair": 0.18, "several": 0.08, "gradient": 0.06,
+            "word": 0.3, "word and thing": 0.2,
+        },
     }
-)
+)  # fmt: skip
 
 
 def sample_scene(rng: random.Random, stage: int, *, held_out: bool = False, kind: str | None = None) -> Scene:
@@ -252,8 +305,8 @@ def sample_scene(rng: random.Random, stage: int, *, held_out: bool = False, kind
 
     Args:
         rng: source of chance.
-        stage: 1 to 4, as in `MIXES`.
-        held_out: show a pair of shape and colour that training never shows, instead of never showing one.
+        stage: 1 to 5, as in `MIXES`.
+        held_out: show a pair of shape and colour, and a word, that training never shows, instead of never showing one.
         kind: of the mix's kinds, this one only.
     """
     mix = MIXES[stage]
@@ -264,6 +317,10 @@ def sample_scene(rng: random.Random, stage: int, *, held_out: bool = False, kind
         return _sample_several(rng, stage, held_out)
     if kind == "gradient":
         return _sample_gradient(rng, stage, held_out)
+    if kind == "word":
+        return _sample_word(rng, stage, held_out)
+    if kind == "word and thing":
+        return _sample_word_and_thing(rng, stage, held_out)
     return _sample_single(rng, stage, held_out, placed=kind == "placed")
 
 
@@ -277,6 +334,11 @@ def domain(stage: int) -> str:
         parts.append("or two such things, one left of, right of, above or below the other")
     if stage >= 4:
         parts.append("or two, three or four of a kind, or one on a gradient from one colour to another")
+    if stage >= 5:
+        parts.append(
+            f"or a word of {SHORTEST_WORD} to {LONGEST_WORD} capitals in one of these colours, alone or above "
+            "or below a thing"
+        )
     return "Draws " + "; ".join(parts) + ". Knows no other things and no other words."
 
 
