@@ -10,9 +10,11 @@ each attribute, each kind of scene and each kind of wording, and one for the che
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from benchmarks.common import report
 from octavo import GenerateRequest, generate, load
@@ -20,8 +22,11 @@ from octavo.checkpoint.folders import EMBEDDED
 from octavo.evaluate.checker import Picture, load_classifier
 from octavo.evaluate.examine import examine
 from octavo.evaluate.prompts import questions
+from octavo.models import VAE
+from octavo.pipeline.decode import decode, encode_image
 from octavo.train.drawing import draw, to_bytes
 from octavo.train.pictures import contact_sheet
+from octavo.train.scenes import Scene
 
 FP8 = EMBEDDED / "diffusion_models" / "octavo-demo-fp8.safetensors"
 
@@ -63,11 +68,24 @@ def main() -> None:
     scenes = {question.prompt: question.scene for question in asked}
     truth = examine(lambda prompts: list(to_bytes(draw([scenes[p] for p in prompts], size))), asked, classifier)
     report("checker right on the truth: all", "share", truth.rates()["all"], prompts=arguments.count, pixels=size)
+    _report_vae(components.vae(), [question.scene for question in asked], size, arguments.stage)
     if arguments.sheet:
         marks = ["" if verdict["all"] else "WRONG: " for verdict in outcome.verdicts]
         captions = [mark + question.prompt for mark, question in zip(marks, asked, strict=True)]
         shown = slice(0, arguments.shown)
         contact_sheet(np.stack(outcome.pictures[shown]), 8, captions[shown]).save(arguments.sheet)
+
+
+@torch.inference_mode()
+def _report_vae(vae: VAE, scenes: Sequence[Scene], size: int, stage: int) -> None:
+    """Peak signal-to-noise ratio of the VAE's reconstructions of the drawings themselves, mean over scenes."""
+    ratios = []
+    for start in range(0, len(scenes), 20):
+        pixels = draw(scenes[start : start + 20], size)
+        again = decode(vae, encode_image(vae, pixels))
+        error = ((again - pixels) / 2).square().mean(dim=(1, 2, 3))
+        ratios += (-10 * error.log10()).tolist()
+    report("embedded VAE: PSNR of reconstructions", "dB", sum(ratios) / len(ratios), scenes=len(scenes), stage=stage)
 
 
 def _arguments() -> argparse.Namespace:
