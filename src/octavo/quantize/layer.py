@@ -1,0 +1,18 @@
+"""One quantized layer on its way from `quantize` to a model or a file."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from octavo.fp8.scale import Scaled
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedLayer:
+    """What replaces a linear layer's weight and bias."""
+
+    weight: Scaled  # q [N, K], scale [] or [N, 1]
+    bias: Tensor | None  # [N], 16 bits as in the source, corrected where the recipe says so
+    input_scale: Tensor | None  # [] float32, calibrated
+    full_precision: bool  # never round the input
+    low_rank: tuple[Tensor, Tensor] | None  # down [r, K] and up [N, r] in 16 bits: + x · downᵀ · upᵀ
