@@ -73,6 +73,33 @@ def test_measuring_never_leaves_a_slower_path() -> None:
     assert seconds.cache_info().currsize > 0
 
 
+def test_a_backend_asked_for_by_name_serves_every_layer_that_it_can() -> None:
+    """Exact layers keep their exact path; nothing takes the definition of W8A8 without being told."""
+    model = small_model(LinearSpec(full_precision=True))
+    report = prepare(model, CPU, torch.float32, backend="plain-w8a8")
+    exact = paths(model).layers.keys() - {"plain-w8a8"}
+    assert report.layers == {exact.pop(): 1, "plain-w8a8": 1}
+    assert report.reasons["plain-w8a8"] == {"rounds the input to e4m3fn, where the file asks for full precision": 1}
+    assert report.reasons["plain"]["'plain-w8a8' was asked for"] == 1
+    unasked = prepare(small_model(), CPU, torch.float32, mode="fast")
+    assert "plain-w8a8" not in unasked.layers
+    assert unasked.reasons["plain-w8a8"] == {"is taken only when asked for by name": 2}
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("plain-w8a", r"no backend 'plain-w8a'\. Use one of cpu, .* Did you mean 'plain-w8a8'"),
+        ("torch", r"None of the model's 2 FP8 layers can use the backend 'torch': runs on cuda, this is cpu \(2 lay"),
+    ],
+)
+def test_a_name_of_no_use_is_refused_with_reasons(backend: str, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        prepare(small_model(), CPU, torch.float32, backend=backend)
+    with pytest.raises(RequestError, match=r"no backend|the model has none"):
+        prepare(nn.Linear(2, 2), CPU, torch.float32, backend=backend)
+
+
 def test_moving_keeps_the_choice_on_the_device_and_undoes_it_elsewhere() -> None:
     model = small_model()
     prepare(model, CPU, torch.float32)

@@ -5,11 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.fp8 import E4M3FN, Granularity, Scaled, dequantize, quantize
+from octavo.fp8 import E4M3FN, E5M2, Granularity, Scaled, dequantize
+from octavo.fp8.backends import ScaledMatmul
 from octavo.fp8.gemm import torch_matmul
 from octavo.fp8.int8 import dequantize_int8, int8_twin, int_mm_matmul, quantize_int8
-from octavo.fp8.matmul import CPU_INT8
-from tests.fp8.weights import weight
+from octavo.fp8.matmul import CPU_INT8, plain_w8a8
+from tests.fp8.weights import every_finite_code, nearest_e4m3fn, w8a8, weight
 
 VNNI = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this processor lacks VNNI")
 GRANULARITIES = pytest.mark.parametrize("granularity", ["tensor", "row"])
@@ -77,24 +78,37 @@ def test_int8_holds_the_largest_products() -> None:
 @GRANULARITIES
 @pytest.mark.parametrize("calibrated", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_torchs_gemm_equals_the_definition_on_the_rounded_input(
-    granularity: Granularity, calibrated: bool, shape: tuple[int, int, int]
+@pytest.mark.parametrize("run", [plain_w8a8, torch_matmul], ids=lambda f: f.__name__)
+def test_fp8_by_fp8_rounds_the_input_by_its_calibrated_scale_or_else_by_row(
+    run: ScaledMatmul, granularity: Granularity, calibrated: bool, shape: tuple[int, int, int]
 ) -> None:
-    """On a CPU torch has the same operator, so scales, transposes and bias are proven; GPUs differ in speed."""
+    """On a CPU torch has the same operator as on a GPU, so its scales, transposes and bias are proven here."""
     M, K, N = shape
     x, scaled, bias = inputs(M, K), weight(N, K, granularity=granularity), torch.linspace(-1, 1, N)
     input_scale = torch.tensor(0.7) if calibrated else None  # clamps the largest rows
-    if calibrated and granularity == "tensor":
-        rounded = quantize(x, E4M3FN, scale=torch.tensor(0.7))
-    else:
-        rounded = quantize(x, E4M3FN, "row")
-    expected = F.linear(dequantize(rounded, torch.float64), dequantize(scaled, torch.float64), bias.double())
-    y = torch_matmul(x, scaled, bias, input_scale)
-    size = F.linear(dequantize(rounded).abs(), dequantize(scaled).abs(), bias.abs())
-    assert ((y - expected).abs() <= (K + 4) * 2**-24 * size).all()
+    expected, size = w8a8(x, scaled, bias, input_scale)
+    assert ((run(x, scaled, bias, input_scale) - expected).abs() <= (K + 4) * 2**-24 * size).all()
 
 
-@pytest.mark.parametrize("run", [torch_matmul, int_mm_matmul], ids=lambda f: f.__name__)
+def test_the_oracle_knows_every_number_and_every_tie() -> None:
+    numbers = every_finite_code(1, 254, E4M3FN).double()
+    assert torch.equal(nearest_e4m3fn(numbers), numbers)
+    ties = torch.tensor([1.0625, 1.1875, 2.0**-10, 3 * 2.0**-10, 500.0, -1.0625])
+    assert nearest_e4m3fn(ties).tolist() == [1.0, 1.25, 0.0, 2.0**-8, 448.0, -1.0]
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_definition_takes_16_bits_and_rounds_once(calibrated: bool, dtype: torch.dtype) -> None:
+    x, scaled = (inputs(5, 48) / 100).to(dtype), weight(32, 48, E5M2, "row")
+    scaled.scale.mul_(2**-10)
+    input_scale = torch.tensor(0.01) if calibrated else None
+    y = plain_w8a8(x, scaled, None, input_scale)
+    assert y.dtype == dtype
+    assert torch.equal(y, plain_w8a8(x.float(), scaled, None, input_scale).to(dtype))
+
+
+@pytest.mark.parametrize("run", [plain_w8a8, torch_matmul, int_mm_matmul], ids=lambda f: f.__name__)
 def test_no_rows_give_no_rows(run: object) -> None:
     scaled = weight(16, 16)
     twin = int8_twin(scaled) if run is int_mm_matmul else scaled

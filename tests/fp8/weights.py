@@ -24,6 +24,31 @@ def weight(rows: int, columns: int, fmt: Fp8Format = E4M3FN, granularity: Granul
     return Scaled(q, scale)
 
 
+def nearest_e4m3fn(x: Tensor) -> Tensor:
+    """Each number's nearest among those that e4m3fn has, of two as near the one of even code; larger ones clamped.
+
+    An oracle of its own: the format's numbers are written down from its definition (Micikevicius et al. 2022, table 1:
+    four bits of exponent biased by 7, three of mantissa, subnormal numbers below 2⁻⁶), and searched.
+    """
+    table = torch.tensor(
+        [(code % 8) * 2.0**-9 if code < 8 else (1 + (code % 8) / 8) * 2.0 ** (code // 8 - 7) for code in range(127)],
+        dtype=torch.float64,
+    )
+    size = x.double().abs().clamp(max=448).contiguous()
+    above = torch.searchsorted(table, size).clamp(1, 126)
+    below = above - 1
+    lower, upper = size - table[below], table[above] - size
+    code = torch.where((upper < lower) | ((upper == lower) & (above % 2 == 0)), above, below)
+    return table[code].copysign(x.double())
+
+
+def w8a8(x: Tensor, scaled: Scaled, bias: Tensor | None, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`exact`, x rounded before to e4m3fn by `input_scale` or else by each row's amax / 448 (1 for rows of zeros)."""
+    rows = x.float().abs().amax(1, keepdim=True) / 448
+    scale = torch.where(rows > 0, rows, 1.0) if input_scale is None else input_scale
+    return exact(nearest_e4m3fn(x.float() / scale) * scale.double(), scaled, bias)
+
+
 def exact(x: Tensor, scaled: Scaled, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """x · weightᵀ + bias in float64, and Σ |x| |weight| + |bias|: what rounding errors are measured against."""
     w = dequantize(scaled, torch.float64)

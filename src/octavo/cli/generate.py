@@ -96,6 +96,10 @@ def generate(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16; what suits the device if unsaid.")
     ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(help="How to multiply by FP8 weights, by name; what suits each layer if unsaid."),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the paths.")] = False,
 ) -> None:
     """Draw pictures from words."""
@@ -128,6 +132,7 @@ def generate(
             device=device,
             dtype=dtype,
             tiled_vae=tiled_vae,
+            backend=backend,
         )
     console.print(components.headline)
     if model is None and requests[0].model is None:

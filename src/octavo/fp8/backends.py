@@ -13,6 +13,7 @@ from typing import Literal, Protocol, Self
 import torch
 from torch import Tensor
 
+from octavo.errors import RequestError, did_you_mean
 from octavo.fp8.formats import Fp8Format
 from octavo.fp8.scale import Granularity, Scaled
 
@@ -35,6 +36,7 @@ class Problem:
     capability: tuple[int, int] | None = None  # CUDA's, where the device has one
     full_precision: bool = False  # x must not be rounded, says the file
     mode: Mode = "exact"  # "fast" permits rounding x to fewer bits than its dtype has
+    by_name: bool = False  # the user asked for this one backend, and so permits what it rounds
 
     def on(self, device: torch.device) -> Self:
         """The same on a device of this machine."""
@@ -120,7 +122,16 @@ class RoundsInput:
     def unmet(self, problem: Problem) -> str | None:
         if problem.full_precision:
             return f"rounds the input to {self.to}, where the file asks for full precision"
-        return f"rounds the input to {self.to}: only in mode 'fast'" if problem.mode != "fast" else None
+        permitted = problem.mode == "fast" or problem.by_name
+        return None if permitted else f"rounds the input to {self.to}: only in mode 'fast'"
+
+
+@dataclass(frozen=True, slots=True)
+class OnlyByName:
+    """Being asked for by its name: it defines or diagnoses something, and is of no use otherwise."""
+
+    def unmet(self, problem: Problem) -> str | None:
+        return None if problem.by_name else "is taken only when asked for by name"
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,11 +188,26 @@ class Choice:
     reasons: Mapping[str, str]  # by the names of those not chosen
 
 
+def find_backend(backends: Sequence[Backend], name: str) -> Backend:
+    """The backend called `name`.
+
+    Raises:
+        RequestError: there is none; lists those that are.
+    """
+    known = {backend.name: backend for backend in backends}
+    if name not in known:
+        raise RequestError(
+            f"There is no backend '{name}'. Use one of {', '.join(sorted(known))}.{did_you_mean(name, known)}"
+        )
+    return known[name]
+
+
 def choose_backend(
     backends: Sequence[Backend],
     problem: Problem,
     *,
     measure: Callable[[Backend, Problem], float] | None = None,
+    wanted: Backend | None = None,
 ) -> Choice:
     """The backend for `problem`.
 
@@ -189,7 +215,15 @@ def choose_backend(
         backends: in order of preference; one of them at least without needs.
         problem: its shape, dtypes and device.
         measure: gives a backend's time for the problem; the fastest is taken, not the first.
+        wanted: take this one if it can serve the problem; if not, the choice is as without.
     """
+    if wanted is not None:
+        refused = wanted.refusal(replace(problem, by_name=True))
+        if refused is None:
+            others = [backend.name for backend in backends if backend is not wanted]
+            return Choice(wanted, dict.fromkeys(others, f"'{wanted.name}' was asked for"))
+        choice = choose_backend(backends, problem, measure=measure)
+        return Choice(choice.backend, {**choice.reasons, wanted.name: refused})
     reasons = {backend.name: reason for backend in backends if (reason := backend.refusal(problem)) is not None}
     usable = [backend for backend in backends if backend.name not in reasons]
     assert usable, "the plain definition serves every problem"

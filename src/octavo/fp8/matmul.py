@@ -1,7 +1,8 @@
 """The ways to multiply by an FP8 weight, with the limits of each, in order of preference.
 
-`plain` is the definition: the weight becomes a matrix of x's dtype, and F.linear does the rest. Every other backend is
-proven against it; `backends` explains how one is chosen.
+`plain` is the definition: the weight becomes a matrix of x's dtype, and F.linear does the rest. `plain-w8a8` is the
+definition of the arithmetic that rounds the input to FP8 too. Every other backend is proven against one of them;
+`backends` explains how one is chosen.
 """
 
 from collections.abc import Sequence
@@ -18,13 +19,14 @@ from octavo.fp8.backends import (
     DivisibleBy,
     Formats,
     OnDevice,
+    OnlyByName,
     Operator,
     Package,
     RoundsInput,
     Supported,
 )
 from octavo.fp8.formats import E4M3FN
-from octavo.fp8.scale import Scaled, dequantize
+from octavo.fp8.scale import Scaled, dequantize, quantize_input
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
@@ -35,11 +37,24 @@ def plain_matmul(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Te
     return F.linear(x, dequantize(weight, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def triton_w8a8(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Tensor | None) -> Tensor:  # noqa: ARG001
-    """`kernels.matmul.w8a8`; not using `input_scale`, since a row's own scale is finer."""
+def plain_w8a8(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Tensor | None) -> Tensor:
+    """The definition of FP8 by FP8: x [M, K] rounded to e4m3fn, times weight [N, K]ᵀ, plus bias, all in float32.
+
+    x is rounded by `input_scale`, shape [], where there is one, else row by row (see `scale.quantize_input`). That is
+    what GPUs compute, so the quality of their arithmetic can be measured on any machine.
+
+    Returns:
+        [M, N], rounded once to x's dtype.
+    """
+    rounded = dequantize(quantize_input(x, input_scale))
+    return F.linear(rounded, dequantize(weight), None if bias is None else bias.float()).to(x.dtype)
+
+
+def triton_w8a8(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Tensor | None) -> Tensor:
+    """`kernels.matmul.w8a8`."""
     from octavo.fp8.kernels.matmul import w8a8
 
-    return w8a8(x, weight, bias)
+    return w8a8(x, weight, bias, input_scale)
 
 
 def triton_w8a16(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Tensor | None) -> Tensor:  # noqa: ARG001
@@ -50,6 +65,7 @@ def triton_w8a16(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Te
 
 
 PLAIN = Backend(name="plain", run=plain_matmul)
+PLAIN_W8A8 = Backend(name="plain-w8a8", run=plain_w8a8, needs=(OnlyByName(), RoundsInput("e4m3fn")))
 CPU = Backend(
     name="cpu",
     run=cpu.onednn_matmul,
@@ -125,5 +141,5 @@ TORCH_INT8 = Backend(
 
 # Those behind `plain` are taken only where they are measured to be faster than all before them.
 BACKENDS: Sequence[Backend] = (
-    CPU_INT8, CPU_BF16, CPU, CPU_BLAS, TORCH, PLAIN, TRITON_W8A8, TRITON_W8A16, TORCH_INT8,
+    CPU_INT8, CPU_BF16, CPU, CPU_BLAS, TORCH, PLAIN, TRITON_W8A8, TRITON_W8A16, TORCH_INT8, PLAIN_W8A8,
 )  # fmt: skip

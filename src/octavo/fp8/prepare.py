@@ -8,13 +8,14 @@ import functools
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
 from torch import nn
 
-from octavo.fp8.backends import Backend, Choice, Mode, Problem, choose_backend
+from octavo.errors import RequestError
+from octavo.fp8.backends import Backend, Choice, Mode, Problem, choose_backend, find_backend
 from octavo.fp8.linear import Fp8Linear
 from octavo.fp8.matmul import BACKENDS
 from octavo.fp8.scale import Scaled
@@ -49,6 +50,7 @@ def prepare(
     *,
     mode: Mode = "exact",
     measure: bool = False,
+    backend: str | None = None,
     backends: Sequence[Backend] = BACKENDS,
 ) -> Paths:
     """Give every FP8 layer of `model` its backend; call it once, when the weights are there.
@@ -60,20 +62,40 @@ def prepare(
         mode: "exact" keeps the activations in `dtype`; "fast" lets a backend round them to 8 or 16 bits.
         measure: time the backends on each shape that occurs (once per process), and take the fastest rather than the
             first that can; a path slower than the plain definition is then never used.
+        backend: the name of the one to use on every layer that it can serve; naming it permits the rounding that it
+            does. Layers that it cannot serve, such as those that the file asks to keep exact, are chosen for as ever.
         backends: in order of preference.
 
     Raises:
-        RequestError: the model was prepared in mode "fast" and has given up its FP8 weights.
+        RequestError: no backend has that name, or no layer of the model can use it; or the model was prepared in mode
+            "fast" and has given up its FP8 weights.
     """
+    wanted = None if backend is None else find_backend(backends, backend)
+    if wanted is not None and (why := refused(model, device, dtype, wanted)) is not None:
+        raise RequestError(why)
     choices: dict[Problem, Choice] = {}
     for layer in model.modules():
         if isinstance(layer, Fp8Linear):
             assert layer.scale.device.type == torch.device(device).type, f"a layer is on {layer.scale.device}"
             problem = layer.problem(dtype, mode)
             if problem not in choices:
-                choices[problem] = choose_backend(backends, problem, measure=seconds if measure else None)
+                times = seconds if measure else None
+                choices[problem] = choose_backend(backends, problem, measure=times, wanted=wanted)
             layer.use(choices[problem])
     return paths(model)
+
+
+def refused(model: nn.Module, device: torch.device | str, dtype: torch.dtype, backend: Backend) -> str | None:
+    """Why no FP8 layer of `model`, which may be on meta still, could use `backend` if asked to; None if any could."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Fp8Linear)]
+    if not layers:
+        return f"The backend '{backend.name}' multiplies by FP8 weights, and the model has none. Use an FP8 file of it."
+    problems = [replace(layer.problem(dtype), by_name=True).on(torch.device(device)) for layer in layers]
+    reasons = Counter(backend.refusal(problem) for problem in problems)
+    if None in reasons:
+        return None
+    told = "; ".join(f"{reason} ({count} layers)" for reason, count in reasons.items())
+    return f"None of the model's {len(layers)} FP8 layers can use the backend '{backend.name}': {told}."
 
 
 def paths(model: nn.Module) -> Paths:

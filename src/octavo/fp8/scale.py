@@ -57,6 +57,20 @@ def quantize(
     return Scaled(q, scale)
 
 
+def quantize_input(x: Tensor, input_scale: Tensor | None) -> Scaled:
+    """Activations as W8A8 arithmetic sees them: e4m3fn by the calibrated scale, or by a scale for each row.
+
+    Args:
+        x: [M, K].
+        input_scale: [] float32, calibrated: one for all of `x`, whose larger values are clamped. None: each row is
+            scaled by its own largest value.
+
+    Returns:
+        q [M, K], scale [] or [M, 1].
+    """
+    return quantize(x, E4M3FN, "row") if input_scale is None else quantize(x, E4M3FN, scale=input_scale)
+
+
 def dequantize(scaled: Scaled, dtype: torch.dtype = torch.float32) -> Tensor:
     """q · scale, computed in float32 and rounded once to `dtype`."""
     return (scaled.q.float() * scaled.scale).to(dtype)

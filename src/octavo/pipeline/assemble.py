@@ -19,9 +19,9 @@ from octavo.checkpoint.presets import preset_for
 from octavo.checkpoint.source import Located, Source, open_source
 from octavo.checkpoint.tensors import open_tensors
 from octavo.devices import free_bytes, pick_device, pick_dtype
-from octavo.errors import CheckpointError, ModelNotFoundError, WrongModelError
+from octavo.errors import CheckpointError, ModelNotFoundError, RequestError, WrongModelError
 from octavo.models import VAE, ClipConfig, ClipTextEncoder, MMDiT, MMDiTConfig, T5Config, T5Encoder
-from octavo.pipeline.components import Components, Part
+from octavo.pipeline.components import Arithmetic, Components, Part
 from octavo.pipeline.encode import TextEncoders
 from octavo.text.tokenizers import EncoderTokenizer, Tokenizers
 from octavo.text.vocabulary import Vocabulary, clip_vocabulary, read_vocabulary, t5_vocabulary
@@ -43,6 +43,7 @@ def load(
     device: str | None = None,
     dtype: str | None = None,
     tiled_vae: bool | None = None,
+    backend: str | None = None,
 ) -> Components:
     """Find a model and all that belongs to it. Headers are read now, weights when they are needed.
 
@@ -54,12 +55,15 @@ def load(
         device: cpu, cuda, cuda:1, mps; the fastest here when not given.
         dtype: float32, bfloat16 or float16, for all but FP8 weights; what suits the device when not given.
         tiled_vae: whether to decode in tiles; by free memory when not given.
+        backend: name of the way to multiply by FP8 weights (see `octavo.fp8.BACKENDS`), for every layer of the model
+            and of its encoders that can use it; what suits each layer when not given.
 
     Raises:
         ModelNotFoundError: a file is not there; says what to download and where to put it.
         CheckpointError: a file is damaged, of another kind, or does not belong to the others.
-        RequestError: no such device or dtype.
+        RequestError: no such device, dtype or backend, or a backend that no layer of the model can use.
     """
+    arithmetic = Arithmetic(backend=backend)
     folders = Folders.standard(None if models_dir is None else Path(models_dir))
     path = EMBEDDED_MODEL if model is None else folders.find(os.fspath(model), *MODELS)
     embedded = path.is_relative_to(EMBEDDED)
@@ -70,7 +74,9 @@ def load(
     own = open_source(path)
 
     located = own.require("mmdit")
-    mmdit: Part[MMDiT] = Part(located, chosen_device, chosen_dtype)
+    mmdit: Part[MMDiT] = Part(located, chosen_device, chosen_dtype, arithmetic)
+    if mmdit.refused is not None:
+        raise RequestError(f"'{path.name}': {mmdit.refused}")
     config = cast(MMDiTConfig, mmdit.config)
 
     # The embedded model and the released ones never lend each other parts.
@@ -80,7 +86,7 @@ def load(
                 yield from _opened(file.path)
 
     found = {kind: _first(kind, [*chosen, own], lambda: tree("text_encoders", "checkpoints")) for kind in ENCODERS}
-    encoders = {kind: Part[nn.Module](at, chosen_device, chosen_dtype) for kind, at in found.items() if at}
+    encoders = {kind: Part[nn.Module](at, chosen_device, chosen_dtype, arithmetic) for kind, at in found.items() if at}
     _check_fit(encoders, config, mmdit)
     vae_at = _first("vae", [*chosen_vae, own], lambda: tree("vae", "checkpoints"))
     if vae_at is None:

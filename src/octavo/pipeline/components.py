@@ -5,6 +5,7 @@ Finding the files that make up a model is `assemble`'s business.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar, cast
 
@@ -19,7 +20,7 @@ from octavo.checkpoint.plan import plan_part
 from octavo.checkpoint.presets import Preset
 from octavo.checkpoint.source import Located
 from octavo.devices import free_bytes
-from octavo.fp8 import prepare
+from octavo.fp8 import BACKENDS, Mode, find_backend, prepare, refused
 from octavo.models import VAE, MMDiT, MMDiTConfig
 from octavo.pipeline.decode import decode, to_uint8
 from octavo.pipeline.encode import TextEncoders
@@ -33,6 +34,18 @@ SPARE = 512 << 20  # bytes that stay free beside a part, for its work
 DECODE_BYTES_PER_PIXEL = 2600  # of the released VAE at its widest, in float32: five maps of 128 channels
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arithmetic:
+    """How layers with FP8 weights multiply; see `octavo.fp8.prepare`."""
+
+    mode: Mode = "exact"  # "fast" lets inputs be rounded to 8 or 16 bits
+    backend: str | None = None  # the one to use wherever it can be
+
+    def __post_init__(self) -> None:
+        if self.backend is not None:
+            find_backend(BACKENDS, self.backend)
+
+
 class Part(Generic[M]):
     """One model of a file. Its shape is known and checked at once; its weights are read when it is first called.
 
@@ -42,14 +55,21 @@ class Part(Generic[M]):
         nbytes: of its weights when loaded.
         linears: how many linear layers it has.
         fp8_linears: how many of them keep FP8 weights.
+        refused: why none of those can use the backend that was asked for, so that each takes what suits it; None
+            where one can, or none was asked for.
     """
 
-    def __init__(self, located: Located, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, located: Located, device: torch.device, dtype: torch.dtype, arithmetic: Arithmetic | None = None
+    ) -> None:
         plan = plan_part(located)
         self.path: Path = located.file.path
         self.title = TITLES[located.part.kind]
         self.config: Config = plan.config
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self._arithmetic = device, dtype, arithmetic or Arithmetic()
+        self.refused: str | None = None
+        if self._arithmetic.backend is not None:
+            self.refused = refused(plan.model, device, dtype, find_backend(BACKENDS, self._arithmetic.backend))
         self.linears, self.fp8_linears = len(plan.linears), len(plan.fp8_linears)
         self.nbytes = sum(
             tensor.numel() * (1 if tensor.dtype.itemsize == 1 else dtype.itemsize)
@@ -68,7 +88,8 @@ class Part(Generic[M]):
         if self._model is None:
             model = load_part(plan_part(self._located), self.device, self.dtype)
             self._located.file.close()
-            paths = prepare(model, self.device, self.dtype)
+            backend = None if self.refused else self._arithmetic.backend
+            paths = prepare(model, self.device, self.dtype, mode=self._arithmetic.mode, backend=backend)
             logger.info("%s (%s): %s", self.title, self.path.name, paths)
             self._model = cast(M, model)
         return self._model

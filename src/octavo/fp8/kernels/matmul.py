@@ -1,6 +1,6 @@
 """Products with an FP8 weight, scales and bias applied before the result leaves the registers.
 
-`w8a8` multiplies FP8 by FP8. Plain definition: `scale.quantize` of x by row, `scale.dequantize` of both, F.linear.
+`w8a8` multiplies FP8 by FP8. Plain definition: `octavo.fp8.matmul.plain_w8a8`.
 `w8a16` turns codes into 16-bit numbers tile by tile inside the product, for GPUs without FP8 arithmetic, whose memory
 traffic and capacity profit all the same. Plain definition: `octavo.fp8.matmul.plain_matmul`.
 
@@ -64,9 +64,10 @@ def _multiply(  # type: ignore[no-untyped-def]
     tl.store(y + m[:, None] * N + n[None, :], total.to(y.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-def w8a8(x: Tensor, weight: Scaled, bias: Tensor | None) -> Tensor:
-    """x [M, K] bfloat16 or float16, rounded row by row to e4m3fn; weight [N, K] e4m3fn; bias [N] → [M, N]."""
-    rounded = quantize_rows(x)
+def w8a8(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Tensor | None = None) -> Tensor:
+    """x [M, K] bfloat16 or float16, rounded to e4m3fn by `input_scale` [] or else row by row; weight [N, K] e4m3fn;
+    bias [N] → [M, N]."""
+    rounded = quantize_rows(x, input_scale)
     codes, w = rounded.q.view(torch.uint8), weight.q.view(torch.uint8)
     return _launch(codes, rounded.scale, w, weight.scale, bias, x.dtype, decode=None)
 
