@@ -62,7 +62,10 @@ class Part(Generic[M]):
     def __init__(
         self, located: Located, device: torch.device, dtype: torch.dtype, arithmetic: Arithmetic | None = None
     ) -> None:
-        plan = plan_part(located)
+        try:
+            plan = plan_part(located)
+        finally:
+            located.file.close()  # opens by itself when read again
         self.path: Path = located.file.path
         self.title = TITLES[located.part.kind]
         self.config: Config = plan.config
