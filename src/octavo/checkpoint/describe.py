@@ -15,6 +15,7 @@ from octavo.checkpoint.folders import EMBEDDED
 from octavo.checkpoint.header import Entry
 from octavo.checkpoint.kinds import TITLES, Kind, Style
 from octavo.checkpoint.layout import Names
+from octavo.checkpoint.octavo_form import KEY as FORM_KEY
 from octavo.checkpoint.plan import MODELS, plan_part
 from octavo.checkpoint.presets import Preset, preset_for
 from octavo.checkpoint.scales import METADATA_KEY
@@ -22,6 +23,7 @@ from octavo.checkpoint.source import Located, open_source
 from octavo.models import ClipConfig, MMDiTConfig, T5Config, VAEConfig
 
 DOMAIN_KEY = "octavo.domain"  # what a model can draw, in its maker's words
+TOLD_OTHERWISE = frozenset({METADATA_KEY, FORM_KEY, DOMAIN_KEY})  # headers that the description spells out
 CONTROLS = ("blur", "canny", "depth")  # by the number in a ControlNet's `control_type`
 NEEDED: tuple[tuple[tuple[Kind, ...], str], ...] = (
     (("clip_l", "clip_g", "t5"), "text encoders (octavo pull text-encoders)"),
@@ -45,6 +47,7 @@ class PartDescription:
     linear_layers: int = 0
     fp8_layers: int = 0  # of them, kept in FP8
     fp8_form: str | None = None
+    fp8_low_rank: int = 0  # FP8 layers with a low-rank branch
     fp8_rowwise: int = 0  # FP8 layers with a scale for each row
     fp8_input_scales: int = 0  # FP8 layers that bring a calibrated input scale
     fp8_full_precision: int = 0  # FP8 layers that ask not to be multiplied in FP8
@@ -108,7 +111,7 @@ def describe(path: Path) -> Description:
         preset=preset,
         needs=tuple(what for kinds, what in NEEDED if preset and not alone and not held.intersection(kinds)),
         domain=metadata.get(DOMAIN_KEY),
-        metadata={key: value for key, value in metadata.items() if key not in (METADATA_KEY, DOMAIN_KEY)},
+        metadata={key: value for key, value in metadata.items() if key not in TOLD_OTHERWISE},
     )
 
 
@@ -130,13 +133,15 @@ def _describe_part(located: Located) -> PartDescription:
     if part.kind not in MODELS:
         return PartDescription(what=_words_for_addition(located), **kept)
     plan = plan_part(located)
-    specs = [origin.spec for origin in plan.origins if origin.stays_fp8]
+    fp8 = [origin for origin in plan.origins if origin.stays_fp8]
+    specs = [origin.spec for origin in fp8]
     return PartDescription(
         what=_words(part.kind, plan.config),
         parameters=sum(slab.numel for origin in plan.origins for slab in origin.slabs),
         linear_layers=len(plan.linears),
         fp8_layers=len(specs),
         fp8_form=plan.fp8_form,
+        fp8_low_rank=sum(origin.low_rank > 0 for origin in fp8),
         fp8_rowwise=sum(spec.granularity == "row" for spec in specs),
         fp8_input_scales=sum(spec.input_scale for spec in specs),
         fp8_full_precision=sum(spec.full_precision for spec in specs),

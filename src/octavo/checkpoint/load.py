@@ -87,6 +87,8 @@ def load_part(plan: Plan, device: Device, dtype: torch.dtype) -> nn.Module:
             module.q = _stack(file, origin, torch.empty(module.q.shape, dtype=module.q.dtype, device=device))
             module.scale = origin.scale.to(device)
             module.input_scale = None if origin.input_scale is None else origin.input_scale.to(device)
+            if origin.low_rank:
+                module.set_low_rank(*_low_rank(file, origin, device, dtype))
         else:
             name = origin.ours.rpartition(".")[2]
             weight = _stack(file, origin, torch.empty(getattr(module, name).shape, dtype=dtype, device=device))
@@ -101,17 +103,47 @@ def _stack(file: TensorFile, origin: Origin, out: Tensor) -> Tensor:
     for slab in origin.slabs:
         place = out[row : row + slab.rows]
         row += slab.rows
-        plain = origin.stays_fp8 or (slab.scale.ndim == 0 and slab.scale == 1)
-        if plain and not slab.transposed:
+        plain = slab.rule is None or (slab.rule.scale is None and slab.rule.low_rank is None)
+        if (origin.stays_fp8 or plain) and not slab.transposed:
             file.read_into(slab.entry.name, place, rows=(slab.start, slab.stop))
         else:
             place.copy_(_values(file, slab).view_as(place))
     return out
 
 
+def _low_rank(file: TensorFile, origin: Origin, device: Device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The branch of a layer, down [r, K] and up [N, r]; slabs that do not share one lie side by side in r."""
+    downs: list[Tensor] = []
+    parts: list[tuple[int, int, Tensor]] = []  # rows before it, its number among the downs, up
+    row = 0
+    for slab in origin.slabs:
+        if slab.rule is not None and (branch := slab.rule.low_rank) is not None:
+            down = torch.empty(branch.down.shape, dtype=dtype, device=device)
+            file.read_into(branch.down.name, down)
+            up = torch.empty(slab.rows, branch.rank, dtype=dtype, device=device)
+            file.read_into(branch.up.name, up, rows=(slab.start, slab.stop))
+            # Halves that change places, and matrices that were split, have one `down` in common.
+            index = next((i for i, other in enumerate(downs) if torch.equal(other, down)), len(downs))
+            if index == len(downs):
+                downs.append(down)
+            parts.append((row, index, up))
+        row += slab.rows
+    if len(parts) == len(origin.slabs) == 1:
+        return downs[0], parts[0][2]
+    starts = [sum(down.shape[0] for down in downs[:i]) for i in range(len(downs))]
+    whole = torch.zeros(row, sum(down.shape[0] for down in downs), dtype=dtype, device=device)
+    for start, index, up in parts:
+        whole[start : start + up.shape[0], starts[index] : starts[index] + up.shape[1]] = up
+    return torch.cat(downs), whole
+
+
 def _values(file: TensorFile, slab: Slab) -> Tensor:
     """The slab in float32 on the CPU, dequantized and the right way round; for the few that cannot be read in place."""
-    whole = torch.empty(slab.entry.shape)
-    file.read_into(slab.entry.name, whole)
-    values = (whole.t() if slab.transposed else whole)[slab.start : slab.stop]
-    return (values * slab.scale.reshape(-1, *[1] * (values.ndim - 1))).contiguous()
+    values = torch.empty(slab.entry.shape)
+    file.read_into(slab.entry.name, values)
+    if slab.rule is not None:
+        if slab.rule.scale is not None:
+            values *= slab.rule.scale.reshape(-1, *[1] * (values.ndim - 1))
+        if (branch := slab.rule.low_rank) is not None:
+            values += file.read(branch.up.name, torch.float32) @ file.read(branch.down.name, torch.float32)
+    return (values.t() if slab.transposed else values)[slab.start : slab.stop].contiguous()

@@ -91,6 +91,11 @@ class Origin:
         return torch.stack(scales).amax() if len(scales) == len(self.slabs) else None
 
     @property
+    def low_rank(self) -> int:
+        """Largest rank of the slabs' branches; 0 where none has one."""
+        return max(slab.rule.low_rank.rank if slab.rule and slab.rule.low_rank else 0 for slab in self.slabs)
+
+    @property
     def spec(self) -> LinearSpec:
         """How the layer that this is the FP8 matrix of keeps it."""
         return LinearSpec(

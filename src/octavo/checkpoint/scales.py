@@ -8,10 +8,11 @@ Forms, all with value = code · scale:
 - `comfy_quant`, ComfyUI's present form: per layer JSON in a tensor of bytes, `.weight_scale`, perhaps `.input_scale`.
 - header: the same JSON for all layers in the header's `_quantization_metadata`. Layer names may carry a prefix that
   the file's own do not, or lack it; a string may stand for a layer's description, as in ComfyUI's documentation.
+- `octavo.quantization` in the header, our own: see `octavo_form`.
 - `weight_scale` alone, as NVIDIA's ModelOpt exports it.
 
-A scale is one number, or one for each row (output channel). Only matrices have scales; biases, norms and embeddings in
-FP8 hold plain values.
+A scale is one number, or one for each row (output channel); our own form also has them by block. Only matrices have
+scales; biases, norms and embeddings in FP8 hold plain values.
 """
 
 import json
@@ -22,8 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo.checkpoint import octavo_form
 from octavo.checkpoint.header import Entry
 from octavo.checkpoint.kinds import CLIP_PREFIXES, MMDIT_PREFIXES, T5_PREFIXES, VAE_PREFIXES, Part
+from octavo.checkpoint.octavo_form import LayerForm, LowRank
 from octavo.checkpoint.tensors import TensorFile
 from octavo.errors import CorruptFileError, UnsupportedFormatError
 from octavo.fp8.formats import E4M3FN, E5M2
@@ -44,12 +47,7 @@ class WeightRule:
     scale: Tensor | None  # [] or [rows, 1] float32 on the CPU; None: the codes are the values
     input_scale: Tensor | None = None  # [] float32 on the CPU
     full_precision: bool = False  # the file asks not to multiply in FP8
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    format: str
-    full_precision: bool
+    low_rank: LowRank | None = None  # a branch to be added to the layer's output
 
 
 class ScaleRules:
@@ -63,9 +61,14 @@ class ScaleRules:
     def __init__(self, file: TensorFile, part: Part) -> None:
         self._file = file
         self._entries = {name: file.entries[name] for name in part.names}
+        self._own = {
+            name: form for name, form in octavo_form.read_forms(file).items() if f"{name}.weight" in self._entries
+        }
         self._layers = {**_header_layers(file, part), **self._described_layers()}
+        self._check_own()
+        self._layers |= self._own
         self._marker = self._find_marker()
-        self.auxiliary = frozenset(name for name in part.names if _is_auxiliary(name))
+        self.auxiliary = frozenset(name for name in part.names if _is_auxiliary(name) or self._is_branch(name))
         self._scaled = bool(self._layers or self._marker) or any(map(_is_weight_scale, self.auxiliary))
         self._refuse_scales_without_codes()
         self.form = self._form()
@@ -78,17 +81,18 @@ class ScaleRules:
             linear: whether it is the matrix of a linear layer, which must have a scale if any layer has one.
 
         Raises:
-            CorruptFileError: it should have a scale and has none, or one that is no number; two descriptions disagree.
-            UnsupportedFormatError: scales by block.
+            CorruptFileError: it should have a scale and has none, or one that is no number or of another shape than
+                described; two descriptions disagree; a low-rank branch that does not fit.
+            UnsupportedFormatError: scales by block outside of our own form.
         """
         entry = self._entries[weight]
         layer_name = weight.removesuffix(".weight")
         layer = self._layers.get(layer_name)
-        if layer is not None and FP8_FORMATS[layer.format] != entry.dtype:
-            raise CorruptFileError(
-                f"'{entry.file}' describes '{layer_name}' as {layer.format} but keeps it as {entry.dtype}. "
-                "Make the file again."
-            )
+        if layer is not None:
+            _check_format(entry, layer)
+        own = self._own.get(layer_name)
+        if own is not None:
+            return self._own_rule(entry, layer_name, own)
         scale = self._scale(layer_name, WEIGHT_SCALES, rows=entry.shape[0] if len(entry.shape) == 2 else 1)
         if scale is None and self._scaled and (linear or layer is not None):
             raise CorruptFileError(
@@ -102,6 +106,28 @@ class ScaleRules:
             layer is not None and layer.full_precision
         )
         return WeightRule(scale, input_scale, full_precision)
+
+    def _own_rule(self, weight: Entry, layer: str, form: LayerForm) -> WeightRule:
+        """The rule of a layer that is described in our own form, which leaves nothing to guess."""
+        if len(weight.shape) != 2:
+            raise CorruptFileError(
+                f"'{weight.file}' describes '{layer}' as a quantized layer, but '{weight.name}' has the shape "
+                f"{list(weight.shape)}; expected a matrix. {octavo_form.ADVICE}"
+            )
+        name, shape = layer + WEIGHT_SCALES[0], octavo_form.scale_shape(form, weight.shape)
+        entry = self._entries.get(name)
+        if entry is None or entry.dtype != "F32" or entry.shape != shape:
+            held = "no such tensor" if entry is None else f"{entry.dtype} of shape {list(entry.shape)}"
+            raise CorruptFileError(
+                f"'{weight.file}' describes '{layer}' as scaled by {form.granularity}, for which it needs '{name}' as "
+                f"F32 of shape {list(shape)}, and holds {held}. {octavo_form.ADVICE}"
+            )
+        return WeightRule(
+            self._read_scale(entry),
+            self._scale(layer, INPUT_SCALES, rows=1),
+            form.full_precision,
+            octavo_form.low_rank(self._file, layer, form),
+        )
 
     def _scale(self, layer: str, endings: tuple[str, ...], rows: int) -> Tensor | None:
         name = next((layer + ending for ending in endings if layer + ending in self._entries), None)
@@ -119,12 +145,31 @@ class ScaleRules:
                 f"'{entry.file}' has the scale '{name}' as {entry.dtype} of shape {list(entry.shape)}; Octavo reads "
                 f"one number for the tensor or one for each of its {rows} rows. Use a file with such scales."
             )
-        scale = self._file.read(name, torch.float32)
-        if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
-            raise CorruptFileError(f"'{entry.file}' has a scale in '{name}' that is no finite number from 0 up.")
+        scale = self._read_scale(entry)
         return scale.reshape(()) if scale.numel() == 1 else scale.reshape(rows, 1)
 
-    def _described_layers(self) -> dict[str, _Layer]:
+    def _read_scale(self, entry: Entry) -> Tensor:
+        scale = self._file.read(entry.name, torch.float32)
+        if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
+            raise CorruptFileError(f"'{entry.file}' has a scale in '{entry.name}' that is no finite number from 0 up.")
+        return scale
+
+    def _is_branch(self, name: str) -> bool:
+        """Whether `name` is half of a low-rank branch that the header describes."""
+        layer, _, ending = name.rpartition(".")
+        form = self._own.get(layer)
+        return form is not None and form.low_rank > 0 and f".{ending}" in (octavo_form.DOWN, octavo_form.UP)
+
+    def _check_own(self) -> None:
+        for name, form in self._own.items():
+            _check_format(self._entries[f"{name}.weight"], form)
+        twice = sorted(self._own.keys() & self._layers.keys())
+        if twice:
+            raise CorruptFileError(
+                f"'{self._file.path}' describes '{twice[0]}' both as ComfyUI and as Octavo do. {octavo_form.ADVICE}"
+            )
+
+    def _described_layers(self) -> dict[str, LayerForm]:
         layers = {}
         for name, entry in self._entries.items():
             if name.endswith(".comfy_quant"):
@@ -158,6 +203,9 @@ class ScaleRules:
 
     def _form(self) -> str | None:
         dtypes = {entry.dtype for name, entry in self._entries.items() if name not in self.auxiliary}
+        if self._own:
+            recipe = octavo_form.recipe_name(self._file.metadata)
+            return f"octavo form: {octavo_form.summary(self._own)}" + (f", recipe {recipe}" if recipe else "")
         used = [fmt.name for fmt, dtype in ((E4M3FN, "F8_E4M3"), (E5M2, "F8_E5M2")) if dtype in dtypes]
         if not used:
             return None
@@ -172,6 +220,14 @@ class ScaleRules:
         return f"{' and '.join(used)}, {how}"
 
 
+def _check_format(weight: Entry, layer: LayerForm) -> None:
+    if FP8_FORMATS[layer.format] != weight.dtype:
+        raise CorruptFileError(
+            f"'{weight.file}' describes '{weight.name.removesuffix('.weight')}' as {layer.format} but keeps it as "
+            f"{weight.dtype}. Make the file again."
+        )
+
+
 def _is_auxiliary(name: str) -> bool:
     return name.endswith((*WEIGHT_SCALES, *INPUT_SCALES, ".comfy_quant")) or name.rpartition(".")[2] == "scaled_fp8"
 
@@ -180,7 +236,7 @@ def _is_weight_scale(name: str) -> bool:
     return name.endswith(WEIGHT_SCALES)
 
 
-def _header_layers(file: TensorFile, part: Part) -> dict[str, _Layer]:
+def _header_layers(file: TensorFile, part: Part) -> dict[str, LayerForm]:
     """Layers of `part` that the headers describe, by their name in the file."""
     described: dict[str, Any] = {}
     for header in file.headers:
@@ -206,7 +262,7 @@ def _header_layers(file: TensorFile, part: Part) -> dict[str, _Layer]:
     return found
 
 
-def _layer(file: TensorFile, name: str, description: object) -> _Layer:
+def _layer(file: TensorFile, name: str, description: object) -> LayerForm:
     """One layer's description, an object or just the format's name."""
     fields = {"format": description} if isinstance(description, str) else description
     if not isinstance(fields, dict) or not isinstance(fields.get("format"), str):
@@ -216,7 +272,7 @@ def _layer(file: TensorFile, name: str, description: object) -> _Layer:
             f"'{file.path}' keeps '{name}' as {fields['format']}, which Octavo does not read; it reads "
             f"{' and '.join(FP8_FORMATS)}. Use an FP8 or 16-bit version of the model."
         )
-    return _Layer(fields["format"], fields.get("full_precision_matrix_mult") is True)
+    return LayerForm(format=fields["format"], full_precision=fields.get("full_precision_matrix_mult") is True)
 
 
 def _json(text: str | bytes, where: str) -> Any:
