@@ -38,7 +38,7 @@ LOADERS: dict[Kind, Callable[[Path], object]] = {
     "vae": load_vae,
 }
 KINDS = st.sampled_from(list(CONFIGS))
-FORMS = st.sampled_from(["16-bit", "plain", "scaled_fp8", "comfy_quant", "header"])
+FORMS = st.sampled_from(["16-bit", "plain", "scaled_fp8", "comfy_quant", "header", "octavo"])
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 # What may stand in place of any value of a header: what JSON can hold, and what would hurt.
@@ -71,7 +71,8 @@ def sound_file(kind: Kind, form: str) -> bytes:
     ]
     metadata = {}
     for layer in layers if form != "16-bit" else ():
-        scaled = quantize(tensors[f"{layer}.weight"])
+        scaled = quantize(tensors[f"{layer}.weight"], granularity="row" if form == "octavo" else "tensor")
+        rows, columns = scaled.q.shape
         if form == "plain":
             tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"].to(torch.float8_e4m3fn)
             continue
@@ -80,8 +81,16 @@ def sound_file(kind: Kind, form: str) -> bytes:
         if form == "comfy_quant":
             text = b'{"format": "float8_e4m3fn"}'
             tensors[f"{layer}.comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
+        if form == "octavo":
+            tensors[f"{layer}.low_rank_down"], tensors[f"{layer}.low_rank_up"] = (
+                torch.ones(1, columns),
+                torch.ones(rows, 1),
+            )
     if form == "scaled_fp8":
         tensors["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    if form == "octavo":
+        described = {layer: {"format": "float8_e4m3fn", "granularity": "row", "low_rank": 1} for layer in layers}
+        metadata["octavo.quantization"] = json.dumps({"version": 1, "layers": described})
     if form == "header":
         described = {layer: {"format": "float8_e4m3fn"} for layer in layers}
         metadata["_quantization_metadata"] = json.dumps({"layers": described})
