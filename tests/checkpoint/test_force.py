@@ -88,7 +88,7 @@ def test_what_is_fp8_already_stays_as_it_is() -> None:
 
 
 MEMORY = """
-import json, sys, torch
+import json, pathlib, sys, torch
 from octavo.checkpoint.force import force_fp8
 from octavo.checkpoint.load import load_part
 from octavo.checkpoint.plan import plan_part
@@ -99,7 +99,7 @@ def peak():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM:"))
 
 quantize(torch.randn(300, 300))  # whatever torch loads at first use
-with open_source(sys.argv[1]) as source:
+with open_source(pathlib.Path(sys.argv[1])) as source:
     plan = plan_part(source.require("mmdit"))
     force_fp8(plan)
     before = peak()

@@ -102,6 +102,15 @@ def test_no_rows_give_no_rows(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("backend", [CPU, CPU_BLAS], ids=named)
+def test_inference_mode_and_others_may_take_turns(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_memory", cpu._Memory())
+    x, scaled = torch.randn(3, 32), weight(16, 32)
+    with torch.inference_mode():
+        inside = backend.run(x, scaled, None, None)
+    assert torch.equal(backend.run(x, scaled, None, None), inside)
+
+
+@pytest.mark.parametrize("backend", [CPU, CPU_BLAS], ids=named)
 def test_threads_do_not_disturb_each_other(backend: Backend) -> None:
     """Each thread multiplies by a weight of its own, of another size, again and again."""
     sizes = [(40, 300), (64, 128), (7, 2000)]

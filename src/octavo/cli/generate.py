@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from octavo.cli import arithmetic
+from octavo.cli.log import show_log
 from octavo.errors import RequestError
 
 if TYPE_CHECKING:
@@ -96,11 +98,19 @@ def generate(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16; what suits the device if unsaid.")
     ] = None,
-    backend: Annotated[
-        str | None,
-        typer.Option(help="How to multiply by FP8 weights, by name; what suits each layer if unsaid."),
-    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the paths.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Tell how each part of the model multiplies, and why.")
+    ] = False,
+    fast: arithmetic.Fast = False,
+    force_fp8: arithmetic.ForceFp8 = False,
+    force_fp8_text_encoders: arithmetic.ForceFp8TextEncoders = False,
+    backend: arithmetic.BackendName = None,
+    unet_e4m3fn: arithmetic.UnetE4m3fn = False,
+    unet_e5m2: arithmetic.UnetE5m2 = False,
+    text_enc_e4m3fn: arithmetic.TextEncE4m3fn = False,
+    text_enc_e5m2: arithmetic.TextEncE5m2 = False,
+    supports_fp8_compute: arithmetic.SupportsFp8Compute = False,
 ) -> None:
     """Draw pictures from words."""
     from rich.console import Console
@@ -108,6 +118,8 @@ def generate(
     from octavo.pipeline.image import picture_format
 
     console = Console(stderr=True, quiet=quiet, highlight=False)
+    if verbose:
+        show_log(console)
     given = {
         "negative_prompt": negative, "steps": steps, "guidance_scale": guidance, "sampler": sampler,
         "schedule": schedule, "shift": shift, "seed": seed, "batch": batch, "guidance_rescale": rescale,
@@ -132,7 +144,17 @@ def generate(
             device=device,
             dtype=dtype,
             tiled_vae=tiled_vae,
-            backend=backend,
+            **arithmetic.settings(
+                fast=fast,
+                force_fp8=force_fp8,
+                force_fp8_text_encoders=force_fp8_text_encoders,
+                backend=backend,
+                unet_e4m3fn=unet_e4m3fn,
+                unet_e5m2=unet_e5m2,
+                text_enc_e4m3fn=text_enc_e4m3fn,
+                text_enc_e5m2=text_enc_e5m2,
+                supports_fp8_compute=supports_fp8_compute,
+            ),
         )
     console.print(components.headline)
     if model is None and requests[0].model is None:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from octavo._version import __version__
+from octavo.cli.arithmetic import plain_words
 from octavo.cli.generate import EPILOG, generate
 from octavo.cli.info import info
 from octavo.cli.models import models
@@ -52,7 +53,7 @@ def _options(
 def main() -> None:
     """Entry point of the `octavo` command."""
     try:
-        app()
+        app(args=plain_words(sys.argv[1:]))
     except OctavoError as error:
         from rich.console import Console
 

@@ -118,5 +118,7 @@ def _buffer(name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     size = rows * columns
     buffer = _memory.buffers.get(name)
     if buffer is None or buffer.numel() < size:
-        buffer = _memory.buffers[name] = torch.empty(size, dtype=dtype)
+        # Made in inference mode, a tensor could not be written to outside of it.
+        with torch.inference_mode(False):
+            buffer = _memory.buffers[name] = torch.empty(size, dtype=dtype)
     return buffer[:size].view(rows, columns)

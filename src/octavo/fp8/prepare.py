@@ -22,6 +22,7 @@ from octavo.fp8.scale import Scaled
 
 MEASURED_ROWS = 1024  # of x: a picture of 512×512, or two with little text
 REPEATS = 5
+FP8_CAPABILITY = (8, 9)  # of the first GPUs that multiply in FP8
 UNPREPARED = "plain (not prepared)"
 
 
@@ -51,6 +52,7 @@ def prepare(
     mode: Mode = "exact",
     measure: bool = False,
     backend: str | None = None,
+    assume_fp8_compute: bool = False,
     backends: Sequence[Backend] = BACKENDS,
 ) -> Paths:
     """Give every FP8 layer of `model` its backend; call it once, when the weights are there.
@@ -64,6 +66,8 @@ def prepare(
             first that can; a path slower than the plain definition is then never used.
         backend: the name of the one to use on every layer that it can serve; naming it permits the rounding that it
             does. Layers that it cannot serve, such as those that the file asks to keep exact, are chosen for as ever.
+        assume_fp8_compute: take the user's word for it that a CUDA device can multiply in FP8; each backend that this
+            admits is tried at once.
         backends: in order of preference.
 
     Raises:
@@ -71,31 +75,62 @@ def prepare(
             "fast" and has given up its FP8 weights.
     """
     wanted = None if backend is None else find_backend(backends, backend)
-    if wanted is not None and (why := refused(model, device, dtype, wanted)) is not None:
+    if wanted is not None and (why := refused(model, device, dtype, wanted, assume_fp8_compute=assume_fp8_compute)):
         raise RequestError(why)
     choices: dict[Problem, Choice] = {}
     for layer in model.modules():
         if isinstance(layer, Fp8Linear):
             assert layer.scale.device.type == torch.device(device).type, f"a layer is on {layer.scale.device}"
-            problem = layer.problem(dtype, mode)
+            told = layer.problem(dtype, mode)
+            problem = assumed(told) if assume_fp8_compute else told
             if problem not in choices:
                 times = seconds if measure else None
                 choices[problem] = choose_backend(backends, problem, measure=times, wanted=wanted)
+                if choices[problem].backend.refusal(replace(told, by_name=wanted is not None)):
+                    _try(choices[problem].backend, problem)
             layer.use(choices[problem])
     return paths(model)
 
 
-def refused(model: nn.Module, device: torch.device | str, dtype: torch.dtype, backend: Backend) -> str | None:
+def refused(
+    model: nn.Module,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    backend: Backend,
+    *,
+    assume_fp8_compute: bool = False,
+) -> str | None:
     """Why no FP8 layer of `model`, which may be on meta still, could use `backend` if asked to; None if any could."""
     layers = [layer for layer in model.modules() if isinstance(layer, Fp8Linear)]
     if not layers:
-        return f"The backend '{backend.name}' multiplies by FP8 weights, and the model has none. Use an FP8 file of it."
+        return (
+            f"The backend '{backend.name}' multiplies by FP8 weights, and the model has none. "
+            "Use an FP8 file of it, or --force-fp8."
+        )
     problems = [replace(layer.problem(dtype), by_name=True).on(torch.device(device)) for layer in layers]
+    problems = list(map(assumed, problems)) if assume_fp8_compute else problems
     reasons = Counter(backend.refusal(problem) for problem in problems)
     if None in reasons:
         return None
     told = "; ".join(f"{reason} ({count} layers)" for reason, count in reasons.items())
     return f"None of the model's {len(layers)} FP8 layers can use the backend '{backend.name}': {told}."
+
+
+def assumed(problem: Problem) -> Problem:
+    """The problem on the same device, if that could multiply in FP8 as GPUs of compute capability 8.9 do."""
+    if problem.capability is None:
+        return problem
+    return replace(problem, capability=max(problem.capability, FP8_CAPABILITY))
+
+
+def _try(backend: Backend, problem: Problem) -> None:
+    try:
+        seconds(backend, problem)
+    except RuntimeError as error:
+        raise RequestError(
+            f"The device was said to multiply in FP8, but '{backend.name}' fails there: {error}. "
+            "Leave --supports-fp8-compute out."
+        ) from error
 
 
 def paths(model: nn.Module) -> Paths:

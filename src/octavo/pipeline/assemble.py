@@ -6,6 +6,7 @@ wrong, damaged or missing files are refused before any work is done.
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import cast
@@ -19,7 +20,8 @@ from octavo.checkpoint.presets import preset_for
 from octavo.checkpoint.source import Located, Source, open_source
 from octavo.checkpoint.tensors import open_tensors
 from octavo.devices import free_bytes, pick_device, pick_dtype
-from octavo.errors import CheckpointError, ModelNotFoundError, RequestError, WrongModelError
+from octavo.errors import CheckpointError, ModelNotFoundError, RequestError, WrongModelError, did_you_mean
+from octavo.fp8 import E4M3FN, FORMATS, Fp8Format
 from octavo.models import VAE, ClipConfig, ClipTextEncoder, MMDiT, MMDiTConfig, T5Config, T5Encoder
 from octavo.pipeline.components import Arithmetic, Components, Part
 from octavo.pipeline.encode import TextEncoders
@@ -43,6 +45,10 @@ def load(
     device: str | None = None,
     dtype: str | None = None,
     tiled_vae: bool | None = None,
+    fast: bool = False,
+    force_fp8: bool | str = False,
+    force_fp8_text_encoders: bool | str = False,
+    supports_fp8_compute: bool = False,
     backend: str | None = None,
 ) -> Components:
     """Find a model and all that belongs to it. Headers are read now, weights when they are needed.
@@ -55,15 +61,26 @@ def load(
         device: cpu, cuda, cuda:1, mps; the fastest here when not given.
         dtype: float32, bfloat16 or float16, for all but FP8 weights; what suits the device when not given.
         tiled_vae: whether to decode in tiles; by free memory when not given.
+        fast: let the inputs of FP8 layers be rounded to 8 or 16 bits where that saves time; else only weights are.
+        force_fp8: quantize the model's linear layers at load, as far as they are not in FP8 yet: True or "e4m3fn", or
+            "e5m2". Each row gets a scale of its own. Some small layers stay as they are (`checkpoint.force.KEPT`).
+        force_fp8_text_encoders: the same for the text encoders.
+        supports_fp8_compute: act as if a CUDA device could multiply in FP8, whatever it says.
         backend: name of the way to multiply by FP8 weights (see `octavo.fp8.BACKENDS`), for every layer of the model
             and of its encoders that can use it; what suits each layer when not given.
 
     Raises:
         ModelNotFoundError: a file is not there; says what to download and where to put it.
         CheckpointError: a file is damaged, of another kind, or does not belong to the others.
-        RequestError: no such device, dtype or backend, or a backend that no layer of the model can use.
+        RequestError: no such device, dtype, format or backend, or a backend that no layer of the model can use.
     """
-    arithmetic = Arithmetic(backend=backend)
+    arithmetic = Arithmetic(
+        mode="fast" if fast else "exact",
+        backend=backend,
+        assume_fp8_compute=supports_fp8_compute,
+        force=_format(force_fp8),
+    )
+    of_encoders = replace(arithmetic, force=_format(force_fp8_text_encoders))
     folders = Folders.standard(None if models_dir is None else Path(models_dir))
     path = EMBEDDED_MODEL if model is None else folders.find(os.fspath(model), *MODELS)
     embedded = path.is_relative_to(EMBEDDED)
@@ -86,7 +103,7 @@ def load(
                 yield from _opened(file.path)
 
     found = {kind: _first(kind, [*chosen, own], lambda: tree("text_encoders", "checkpoints")) for kind in ENCODERS}
-    encoders = {kind: Part[nn.Module](at, chosen_device, chosen_dtype, arithmetic) for kind, at in found.items() if at}
+    encoders = {kind: Part[nn.Module](at, chosen_device, chosen_dtype, of_encoders) for kind, at in found.items() if at}
     _check_fit(encoders, config, mmdit)
     vae_at = _first("vae", [*chosen_vae, own], lambda: tree("vae", "checkpoints"))
     if vae_at is None:
@@ -103,6 +120,13 @@ def load(
     warnings = (
         [f"{' and '.join(missing)} not found: the model draws without, less true to the prompt."] if missing else []
     )
+    parts = [mmdit, *encoders.values()]
+    if fast and not any(part.fp8_linears for part in parts):
+        warnings.append(
+            f"'{path.name}' has no FP8 weights, so that fast arithmetic has nothing to do; --force-fp8 makes them."
+        )
+    if supports_fp8_compute and chosen_device.type != "cuda":
+        warnings.append(f"--supports-fp8-compute is about CUDA devices; on '{chosen_device}' it changes nothing.")
     name = path.name if path.is_dir() else path.stem
     return Components(
         name=name,
@@ -115,6 +139,16 @@ def load(
         warnings=warnings,
         tiled_vae=tiled_vae,
     )
+
+
+def _format(wanted: bool | str) -> Fp8Format | None:
+    """The format to force: e4m3fn where only a yes is given; None for a no."""
+    if isinstance(wanted, bool):
+        return E4M3FN if wanted else None
+    known = {fmt.name: fmt for fmt in FORMATS.values()}
+    if wanted not in known:
+        raise RequestError(f"There is no FP8 format '{wanted}'. Use {' or '.join(known)}.{did_you_mean(wanted, known)}")
+    return known[wanted]
 
 
 def _opened(path: Path) -> Iterator[Source]:

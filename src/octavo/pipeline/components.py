@@ -14,13 +14,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from octavo.checkpoint.detect import Config
+from octavo.checkpoint.force import force_fp8
 from octavo.checkpoint.kinds import TITLES
 from octavo.checkpoint.load import load_part
-from octavo.checkpoint.plan import plan_part
+from octavo.checkpoint.plan import Plan, plan_part
 from octavo.checkpoint.presets import Preset
 from octavo.checkpoint.source import Located
 from octavo.devices import free_bytes
-from octavo.fp8 import BACKENDS, Mode, find_backend, prepare, refused
+from octavo.fp8 import BACKENDS, Fp8Format, LinearSpec, Mode, find_backend, prepare, refused
 from octavo.models import VAE, MMDiT, MMDiTConfig
 from octavo.pipeline.decode import decode, to_uint8
 from octavo.pipeline.encode import TextEncoders
@@ -36,10 +37,12 @@ DECODE_BYTES_PER_PIXEL = 2600  # of the released VAE at its widest, in float32: 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arithmetic:
-    """How layers with FP8 weights multiply; see `octavo.fp8.prepare`."""
+    """Which layers of a part have FP8 weights, and how they multiply; see `octavo.fp8.prepare`."""
 
     mode: Mode = "exact"  # "fast" lets inputs be rounded to 8 or 16 bits
     backend: str | None = None  # the one to use wherever it can be
+    assume_fp8_compute: bool = False  # of a GPU that does not say so
+    force: Fp8Format | None = None  # quantize to this at load what the file keeps in more bits
 
     def __post_init__(self) -> None:
         if self.backend is not None:
@@ -55,6 +58,7 @@ class Part(Generic[M]):
         nbytes: of its weights when loaded.
         linears: how many linear layers it has.
         fp8_linears: how many of them keep FP8 weights.
+        forced_linears: how many of those are quantized at load.
         refused: why none of those can use the backend that was asked for, so that each takes what suits it; None
             where one can, or none was asked for.
     """
@@ -62,23 +66,25 @@ class Part(Generic[M]):
     def __init__(
         self, located: Located, device: torch.device, dtype: torch.dtype, arithmetic: Arithmetic | None = None
     ) -> None:
+        self._located, self._arithmetic = located, arithmetic or Arithmetic()
         try:
-            plan = plan_part(located)
+            plan, self.forced_linears = self._plan()
         finally:
             located.file.close()  # opens by itself when read again
         self.path: Path = located.file.path
         self.title = TITLES[located.part.kind]
         self.config: Config = plan.config
-        self.device, self.dtype, self._arithmetic = device, dtype, arithmetic or Arithmetic()
+        self.device, self.dtype = device, dtype
         self.refused: str | None = None
         if self._arithmetic.backend is not None:
-            self.refused = refused(plan.model, device, dtype, find_backend(BACKENDS, self._arithmetic.backend))
-        self.linears, self.fp8_linears = len(plan.linears), len(plan.fp8_linears)
+            backend = find_backend(BACKENDS, self._arithmetic.backend)
+            assume = self._arithmetic.assume_fp8_compute
+            self.refused = refused(plan.model, device, dtype, backend, assume_fp8_compute=assume)
+        self.linears, self.fp8_linears = len(plan.linears), len(plan.fp8_linears) + self.forced_linears
         self.nbytes = sum(
             tensor.numel() * (1 if tensor.dtype.itemsize == 1 else dtype.itemsize)
             for tensor in plan.model.state_dict().values()
         )
-        self._located = located
         self._model: M | None = None
 
     @property
@@ -89,13 +95,25 @@ class Part(Generic[M]):
     def __call__(self) -> M:
         """The model, loaded."""
         if self._model is None:
-            model = load_part(plan_part(self._located), self.device, self.dtype)
+            model = load_part(self._plan()[0], self.device, self.dtype)
             self._located.file.close()
             backend = None if self.refused else self._arithmetic.backend
-            paths = prepare(model, self.device, self.dtype, mode=self._arithmetic.mode, backend=backend)
+            paths = prepare(
+                model,
+                self.device,
+                self.dtype,
+                mode=self._arithmetic.mode,
+                backend=backend,
+                assume_fp8_compute=self._arithmetic.assume_fp8_compute,
+            )
             logger.info("%s (%s): %s", self.title, self.path.name, paths)
             self._model = cast(M, model)
         return self._model
+
+    def _plan(self) -> tuple[Plan, int]:
+        """How to load it, and how many layers are quantized meanwhile."""
+        plan, fmt = plan_part(self._located), self._arithmetic.force
+        return plan, 0 if fmt is None else len(force_fp8(plan, LinearSpec(format=fmt, granularity="row")))
 
     def release(self) -> None:
         """Give its memory back; the next call loads it again."""

@@ -1,0 +1,67 @@
+"""FP8 at load: linear layers that a file keeps in 16 bits are quantized one by one as they are read.
+
+    plan = plan_part(source.require("mmdit"))
+    force_fp8(plan)                               # headers only: which layers, and how
+    model = load_part(plan, device, dtype)        # never holds more than one of them in 16 bits
+
+This is the plain cast by row, without calibration. `octavo quantize` makes better files, once and for all.
+"""
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from octavo.checkpoint.kinds import Kind
+from octavo.checkpoint.plan import Origin, Plan
+from octavo.checkpoint.tensors import torch_dtype
+from octavo.fp8 import Fp8Linear, LinearSpec, quantize
+from octavo.fp8.scale import amax, scale_from_amax
+from octavo.quantize import convert
+
+BY_ROW = LinearSpec(granularity="row")
+ROWS_AT_ONCE = 256  # of a weight, in float32 meanwhile
+
+# Linear layers that stay as they are: few weights at the ends of a model, through which everything goes.
+KEPT: Mapping[Kind, tuple[str, ...]] = {
+    "mmdit": ("context_embedder", "t_embedder.*", "y_embedder.*", "final_layer.linear"),
+    "clip_l": ("text_projection",),
+    "clip_g": ("text_projection",),
+}
+
+
+def force_fp8(plan: Plan, spec: LinearSpec = BY_ROW) -> tuple[str, ...]:
+    """Let linear layers become FP8 by `spec` that the file keeps otherwise; those in FP8 already stay as they are.
+
+    Args:
+        plan: changed in place.
+        spec: format and granularity.
+
+    Returns:
+        Names of the layers that will be quantized.
+    """
+    kept = KEPT.get(plan.located.part.kind, ())
+    names = [name for name in plan.linears if not any(fnmatchcase(name, pattern) for pattern in kept)]
+    forced = tuple(name for name in names if not isinstance(plan.model.get_submodule(name), Fp8Linear))
+    convert(plan.model, dict.fromkeys(forced, spec))
+    return forced
+
+
+def buffer_for(layer: Fp8Linear, origin: Origin, device: torch.device | str) -> Tensor:
+    """Room for the layer's weight [N, K] as the file has it, 16-bit where it can be."""
+    dtypes = {torch_dtype(slab.entry) if slab.rule is None else torch.float32 for slab in origin.slabs}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    return torch.empty(layer.q.shape, dtype=dtype, device=device)
+
+
+def quantize_into(layer: Fp8Linear, weight: Tensor) -> None:
+    """Give `layer` its weight [N, K]: as `quantize` would, some rows at a time, since float32 takes much room."""
+    fmt, by_row = layer.spec.format, layer.spec.granularity == "row"
+    blocks = [slice(start, start + ROWS_AT_ONCE) for start in range(0, len(weight), ROWS_AT_ONCE)]
+    largest = torch.cat([amax(weight[block], "row") for block in blocks])
+    scale = scale_from_amax(largest if by_row else largest.amax(), fmt)
+    q = torch.empty(weight.shape, dtype=fmt.dtype, device=weight.device)
+    for block in blocks:
+        q[block] = quantize(weight[block], fmt, scale=scale[block] if by_row else scale).q
+    layer.q, layer.scale = q, scale
