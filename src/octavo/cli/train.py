@@ -1,5 +1,6 @@
-"""`octavo train demo`: make the embedded model again, or a better one."""
+"""`octavo train demo`: make the embedded model again, or a better one; `octavo train judge`: its judge."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -67,6 +68,57 @@ def demo(
     if export_to is not None:
         for path in job.export_run(out, export_to, recipe=recipe):
             report(f"{path}  {path.stat().st_size:,} bytes")
+
+
+@train.command()
+def judge(
+    minutes: Annotated[float, typer.Option(min=0.01, help="Time for training, over all calls.")] = 20.0,
+    out: Annotated[Path, typer.Option(help="Folder of the run; the judge is its judge.safetensors.")] = Path(
+        "runs/judge"
+    ),
+    seed: Annotated[int, typer.Option(help="Of the drawings and the first weights.")] = 0,
+) -> None:
+    """Train the judge that says how well a picture of the embedded model fits its words.
+
+    Its pictures are drawn by Octavo, apart from those of the model's training and examination; half of them go through
+    the embedded model's VAE. A call that was stopped is finished by repeating it.
+    """
+    import torch
+    from torch import Tensor
+
+    import octavo
+    from octavo.evaluate.judge import Judge, save_judge
+    from octavo.train import judge as job
+    from octavo.train.captions import words
+    from octavo.train.loop import Budget
+
+    vae = octavo.load().vae()
+    torch.manual_seed(seed)
+    network = Judge(words(job.STAGE))
+
+    def encode(pictures: Tensor, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        return network.image_features(pictures), network.text_features(captions)
+
+    def reconstruct(pixels: Tensor) -> Tensor:
+        return vae.decode(vae.encode(pixels)[:, :16])
+
+    def report(line: str) -> None:
+        print(line, flush=True)
+
+    job.train_judge(
+        network,
+        encode,
+        reconstruct,
+        matrices=network.matrices(),
+        folder=out,
+        budget=Budget(minutes=minutes),
+        recipe=job.JudgeRecipe(),
+        seed=seed,
+        report=report,
+    )
+    path = out / "judge.safetensors"
+    save_judge(network, path)
+    report(f"{path}  {path.stat().st_size:,} bytes")
 
 
 def _train_checker(vae: "VAE", size: int, path: Path) -> None:

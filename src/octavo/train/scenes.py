@@ -129,13 +129,15 @@ LETTERS_COLOUR = "black"  # of a word whose caption names none
 JITTER = 0.006  # of the side: enough that a picture is not one fixed array, too little to be worth learning
 
 
-def _single(shape: str, colour: str, place: str, size: str) -> Thing:
+def single_thing(shape: str, colour: str, place: str, size: str) -> Thing:
+    """A thing at one of PLACES, "small" or "large"."""
     dx, dy = PLACES[place]
     radius = (RADIUS_AT_CENTER if place == "center" else RADIUS_AT_PLACE)[size]
     return Thing(shape, colour, 0.5 + dx * SPOT[size], 0.5 + dy * SPOT[size], radius)
 
 
-def _pair(first: tuple[str, str], second: tuple[str, str], relation: str) -> tuple[Thing, Thing]:
+def pair_of_things(first: tuple[str, str], second: tuple[str, str], relation: str) -> tuple[Thing, Thing]:
+    """Two things, each given as shape and colour; `first` is left of, right of, above or below `second`."""
     dx, dy = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}[relation]
     return (
         Thing(*first, 0.5 + dx * PAIR_SPOT, 0.5 + dy * PAIR_SPOT, PAIR_RADIUS),
@@ -198,7 +200,7 @@ def _sample_single(rng: random.Random, stage: int, held_out: bool, *, placed: bo
     if placed:
         place = rng.choice([None, *PLACES])
         size = rng.choice([None, "small", "large"]) if place else rng.choice(["small", "large"])
-    thing = _single(shape, colour, place or "center", size or "large")
+    thing = single_thing(shape, colour, place or "center", size or "large")
     return Scene(
         "single",
         (thing,),
@@ -225,7 +227,7 @@ def _sample_pair(rng: random.Random, stage: int, held_out: bool) -> Scene:
             return _sample_pair(rng, stage, held_out)
     return Scene(
         "pair",
-        _pair(first, second, relation),
+        pair_of_things(first, second, relation),
         background,
         relation=relation,
         says_background=says_background,
@@ -245,7 +247,7 @@ def _sample_gradient(rng: random.Random, stage: int, held_out: bool) -> Scene:
     shape, colour = _pick(rng, held_out, stage)
     top = _background(rng, [colour], stage)
     bottom = _background(rng, [colour, top], stage)
-    return Scene("single", (_single(shape, colour, "center", "large"),), top, background_end=bottom)
+    return Scene("single", (single_thing(shape, colour, "center", "large"),), top, background_end=bottom)
 
 
 def _sample_word(rng: random.Random, stage: int, held_out: bool) -> Scene:
