@@ -3,6 +3,8 @@
 Only the mathematics, in the key layout of the single files. The model is split at its natural seam: `modulation` maps
 time and pooled text to every block's shift, scale and gate (a third of all weights, which never see a token), `forward`
 is the rest. All sigmas of a run are known before its first step, so one call of `modulation` serves the whole run.
+Both are made of smaller steps (`vector` and each block's table; `embed`, the blocks and `finish`), for those who hold
+one block at a time.
 
 Sources: Esser et al. 2024 (arXiv 2403.03206); for the second attention of SD3.5 Medium and qk-norm, Stability AI's
 `sd3.5` repository.
@@ -10,6 +12,7 @@ Sources: Esser et al. 2024 (arXiv 2403.03206); for the second attention of SD3.5
 B batch, N rows of modulation, L text tokens, n image tokens, D width, H heads, h and w latent pixels.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -217,12 +220,17 @@ class MMDiT(nn.Module):
         Returns:
             Tables of N rows for `forward`, one row for each row of its batch.
         """
-        vector = self.t_embedder(timestep_embedding(timestep).to(pooled.dtype)) + self.y_embedder(pooled)
+        vector = self.vector(timestep, pooled)
         return Modulation(
             tuple(block.x_block.adaLN_modulation(vector) for block in self.joint_blocks),
             tuple(block.context_block.adaLN_modulation(vector) for block in self.joint_blocks),
             self.final_layer.adaLN_modulation(vector),
         )
+
+    def vector(self, timestep: Tensor, pooled: Tensor) -> Tensor:
+        """Time [N] and pooled text [N, pooled_width] as one vector [N, D], from which every block's table is made."""
+        vector: Tensor = self.t_embedder(timestep_embedding(timestep).to(pooled.dtype)) + self.y_embedder(pooled)
+        return vector
 
     def forward(
         self,
@@ -245,20 +253,35 @@ class MMDiT(nn.Module):
         Returns:
             Velocity [B, 16, h, w], the derivative of latents with respect to sigma.
         """
-        patch = self.config.patch_size
-        height, width = latents.shape[-2:]
-        if height % patch or width % patch:
-            latents = F.pad(latents, (0, -width % patch, 0, -height % patch), mode="circular")
-        rows, columns = latents.shape[-2] // patch, latents.shape[-1] // patch
-
-        x = self.x_embedder(latents) + crop_pos_embed(self.pos_embed, rows, columns).to(latents.dtype)
-        context = self.context_embedder(context)
+        context, x = self.embed(latents, context)
         for i, block in enumerate(self.joint_blocks):
             if i not in skip_layers:
                 context, x = block(context, x, modulation.context[i], modulation.image[i])
             if i < len(control):
                 x = x + control[i]
-        x = self.final_layer(x, modulation.final)
+        return self.finish(x, modulation.final, latents.shape[-2:])
+
+    def embed(self, latents: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """What enters the first block: text tokens [B, L, D] and image tokens [B, n, D]; arguments as of `forward`."""
+        patch = self.config.patch_size
+        height, width = latents.shape[-2:]
+        if height % patch or width % patch:
+            latents = F.pad(latents, (0, -width % patch, 0, -height % patch), mode="circular")
+        rows, columns = latents.shape[-2] // patch, latents.shape[-1] // patch
+        x = self.x_embedder(latents) + crop_pos_embed(self.pos_embed, rows, columns).to(latents.dtype)
+        return self.context_embedder(context), x
+
+    def finish(self, x: Tensor, modulation: Tensor, size: Sequence[int]) -> Tensor:
+        """What leaves the last block, image tokens [B, n, D] → velocity [B, 16, h, w].
+
+        Args:
+            modulation: [B, 2, D], the final layer's.
+            size: h and w of the latents.
+        """
+        patch = self.config.patch_size
+        height, width = size
+        rows, columns = math.ceil(height / patch), math.ceil(width / patch)
+        x = self.final_layer(x, modulation)
 
         # [B, rows, columns, p, q, C] -> [B, C, rows, p, columns, q]: put every patch back in its place.
         patches = x.view(x.shape[0], rows, columns, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
