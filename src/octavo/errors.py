@@ -4,6 +4,7 @@ The tree::
 
     OctavoError                     show its text to the user; exit code 2
     ├── RequestError                what was asked cannot be done: a size, a sampler name, a setting
+    │   └── RecipeError             a recipe for quantizing that cannot be read: an unknown key, a value out of range
     ├── ModelNotFoundError          no file of that name, or none at all: what to download and where to put it
     ├── CheckpointError             a file cannot be used, with file, key, expectation and remedy
     │   ├── CorruptFileError        truncated, bad header, lying offsets, NaN weights
@@ -26,6 +27,10 @@ class OctavoError(Exception):
 
 class RequestError(OctavoError):
     """What was asked cannot be done."""
+
+
+class RecipeError(RequestError):
+    """A recipe for quantizing says what no recipe can."""
 
 
 class ModelNotFoundError(OctavoError):
