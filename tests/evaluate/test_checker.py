@@ -53,6 +53,7 @@ STAR, CIRCLE = BASE.things
         (replace(BASE, background="pink"), {"background"}),
         (replace(BASE, things=(replace(STAR, colour="green"), CIRCLE)), {"colour"}),
         (replace(BASE, things=(replace(STAR, shape="heart"), CIRCLE)), {"shape"}),
+        (replace(BASE, things=(replace(STAR, colour="blue"), replace(CIRCLE, colour="red"))), {"colour"}),
         (replace(BASE, things=(STAR,)), {"count", "colour", "shape", "place", "size"}),
         (replace(BASE, things=(replace(STAR, x=0.74), replace(CIRCLE, x=0.26))), {"place"}),
         (replace(BASE, things=(replace(STAR, y=0.25), CIRCLE)), {"place"}),

@@ -204,9 +204,10 @@ def _in_line_with(tall: Spot, spot: Spot) -> bool:
 def judge(scene: Scene, reading: Reading) -> dict[str, bool]:
     """Whether each of ATTRIBUTES is as the scene has it, and "all" of them.
 
-    `place` asks that a thing stands on every spot, and that no other pairing of things and spots fits their shapes and
-    colours better; `size` that every thing is nearer to its own size than to the other. `word` is about its letters;
-    its colour, place and size are asked for together with those of the things.
+    Every thing asked for is compared in shape and colour with one thing seen, in the pairing that fits best. `place`
+    asks that a thing stands on every spot, and that no other pairing of things and spots fits their shapes and colours
+    better; `size` that every thing is nearer to its own size than to the other. `word` is about its letters; its
+    colour, place and size are asked for together with those of the things.
     """
     wanted, found = scene.things, reading.things
     verdict = dict.fromkeys(ATTRIBUTES, False)
@@ -214,16 +215,16 @@ def judge(scene: Scene, reading: Reading) -> dict[str, bool]:
         scene.background_end or scene.background
     )
     verdict["count"] = len(wanted) == len(found)
-    verdict["colour"] = sorted(t.colour for t in wanted) == sorted(t.colour for t in found)
-    verdict["shape"] = sorted(t.shape for t in wanted) == sorted(t.shape for t in found)
     verdict["word"] = (scene.word and scene.word.text) == (reading.word and reading.word.text)
     if verdict["count"]:
         pairings = list(itertools.permutations(found))
         nearest = min(pairings, key=lambda pairing: sum(map(_apart, wanted, pairing)))
-        best = max(sum(map(_alike, wanted, pairing)) for pairing in pairings)
-        verdict["place"] = (
-            all(a < 0.1 for a in map(_apart, wanted, nearest)) and sum(map(_alike, wanted, nearest)) == best
-        )
+        # The nearer of equally alike pairings: exchanged colours are wrong colours, and not things in wrong places.
+        best = max(pairings, key=lambda p: (_alike(wanted, p), -sum(map(_apart, wanted, p))))
+        verdict["colour"] = all(w.colour == f.colour for w, f in zip(wanted, best, strict=True))
+        verdict["shape"] = all(w.shape == f.shape for w, f in zip(wanted, best, strict=True))
+        on_their_spots = all(a < 0.1 for a in map(_apart, wanted, nearest))
+        verdict["place"] = on_their_spots and _alike(wanted, nearest) == _alike(wanted, best)
         verdict["size"] = all(0.72 < f.radius / expected_extent(w) < 1.39 for w, f in zip(wanted, nearest, strict=True))
     if scene.word:
         asked, seen = scene.word, reading.word
@@ -244,8 +245,9 @@ def _apart(a: Thing, b: Thing) -> float:
     return float(np.hypot(a.x - b.x, a.y - b.y))
 
 
-def _alike(a: Thing, b: Thing) -> int:
-    return (a.shape == b.shape) + (a.colour == b.colour)
+def _alike(wanted: Sequence[Thing], found: Sequence[Thing]) -> int:
+    """In how many shapes and colours the things of two lists agree, one by one."""
+    return sum((a.shape == b.shape) + (a.colour == b.colour) for a, b in zip(wanted, found, strict=True))
 
 
 # ── training the classifier ───────────────────────────────────────────────────────────────────────────────────────
