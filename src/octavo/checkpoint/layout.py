@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from octavo.checkpoint.kinds import Part
+from octavo.checkpoint.kinds import Kind, Part, Style
 
 # joint_blocks.N.* ← transformer_blocks.N.*
 MMDIT_BLOCK: Mapping[str, tuple[str, ...]] = {
@@ -73,6 +73,20 @@ class Piece:
     name: str
     half: int | None = None  # 0 the first, 1 the second half
     transposed: bool = False  # kept as [in, out]
+
+
+def pieces_in(kind: Kind, style: Style, ours: str, *, depth: int = 0, levels: int = 0) -> tuple[Piece, ...]:
+    """What our tensor `ours` is made of in files of this style, by the names of today and without prefix.
+
+    Args:
+        depth: blocks of an MMDiT.
+        levels: of a VAE.
+    """
+    if style == "diffusers" and kind == "mmdit":
+        return _mmdit_in_diffusers(ours, depth)
+    if style == "diffusers" and kind == "vae":
+        return (Piece(_vae_in_diffusers(ours, levels)[0]),)
+    return (Piece(ours),)
 
 
 class Names:

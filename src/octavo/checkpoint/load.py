@@ -15,6 +15,8 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from octavo.checkpoint.branches import join
+from octavo.checkpoint.force import buffer_for, quantize_into
 from octavo.checkpoint.kinds import Kind
 from octavo.checkpoint.plan import Origin, Plan, Slab, plan_part
 from octavo.checkpoint.source import open_source
@@ -88,9 +90,12 @@ def load_part(plan: Plan, device: Device, dtype: torch.dtype) -> nn.Module:
             module.scale = origin.scale.to(device)
             module.input_scale = None if origin.input_scale is None else origin.input_scale.to(device)
             if origin.low_rank:
-                module.set_low_rank(*_low_rank(file, origin, device, dtype))
+                module.set_low_rank(*join(file, origin.stretches, dtype, device))
+            continue
+        name = origin.ours.rpartition(".")[2]
+        if isinstance(module, Fp8Linear) and name == "weight":
+            quantize_into(module, _stack(file, origin, buffer_for(module, origin, device)))
         else:
-            name = origin.ours.rpartition(".")[2]
             weight = _stack(file, origin, torch.empty(getattr(module, name).shape, dtype=dtype, device=device))
             setattr(module, name, nn.Parameter(weight, requires_grad=False))
     assert not any(tensor.is_meta for tensor in model.state_dict().values()), "the plan left weights out"
@@ -109,32 +114,6 @@ def _stack(file: TensorFile, origin: Origin, out: Tensor) -> Tensor:
         else:
             place.copy_(_values(file, slab).view_as(place))
     return out
-
-
-def _low_rank(file: TensorFile, origin: Origin, device: Device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The branch of a layer, down [r, K] and up [N, r]; slabs that do not share one lie side by side in r."""
-    downs: list[Tensor] = []
-    parts: list[tuple[int, int, Tensor]] = []  # rows before it, its number among the downs, up
-    row = 0
-    for slab in origin.slabs:
-        if slab.rule is not None and (branch := slab.rule.low_rank) is not None:
-            down = torch.empty(branch.down.shape, dtype=dtype, device=device)
-            file.read_into(branch.down.name, down)
-            up = torch.empty(slab.rows, branch.rank, dtype=dtype, device=device)
-            file.read_into(branch.up.name, up, rows=(slab.start, slab.stop))
-            # Halves that change places, and matrices that were split, have one `down` in common.
-            index = next((i for i, other in enumerate(downs) if torch.equal(other, down)), len(downs))
-            if index == len(downs):
-                downs.append(down)
-            parts.append((row, index, up))
-        row += slab.rows
-    if len(parts) == len(origin.slabs) == 1:
-        return downs[0], parts[0][2]
-    starts = [sum(down.shape[0] for down in downs[:i]) for i in range(len(downs))]
-    whole = torch.zeros(row, sum(down.shape[0] for down in downs), dtype=dtype, device=device)
-    for start, index, up in parts:
-        whole[start : start + up.shape[0], starts[index] : starts[index] + up.shape[1]] = up
-    return torch.cat(downs), whole
 
 
 def _values(file: TensorFile, slab: Slab) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from octavo.checkpoint.branches import Stretch
 from octavo.checkpoint.detect import Config, detect
 from octavo.checkpoint.header import Entry
 from octavo.checkpoint.kinds import TITLES, Kind
@@ -93,7 +94,14 @@ class Origin:
     @property
     def low_rank(self) -> int:
         """Largest rank of the slabs' branches; 0 where none has one."""
-        return max(slab.rule.low_rank.rank if slab.rule and slab.rule.low_rank else 0 for slab in self.slabs)
+        return max(0 if branch is None else branch.rank for branch, _, _ in self.stretches)
+
+    @property
+    def stretches(self) -> tuple[Stretch, ...]:
+        """The slabs' branches, for `branches.join`."""
+        return tuple(
+            Stretch(None if slab.rule is None else slab.rule.low_rank, slab.start, slab.stop) for slab in self.slabs
+        )
 
     @property
     def spec(self) -> LinearSpec:

@@ -2,7 +2,7 @@
 
 A file appears under its name only when it is complete and on disk: it is written beside its place and renamed.
 `Writer` takes tensors one at a time, so that a model larger than memory can be written; `save_safetensors` is the same
-for tensors already at hand.
+for tensors already at hand. Work of hours is written by `resume`, which goes on after an interruption.
 """
 
 import json
@@ -10,9 +10,11 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -46,39 +48,47 @@ class Writer:
         metadata: strings for the header.
 
     Leaving the context puts the file in its place; an exception leaves what was at `path` as it was.
+
+    Raises:
+        CheckpointError: the disk has no room for it, or the folder cannot be written to.
     """
 
     def __init__(self, path: Path, layout: Layout, metadata: Mapping[str, str] | None = None) -> None:
         self.path = path
         self.layout = layout
         self._missing = set(layout)
-        header, self._starts, total = _plan(layout, metadata or {})
+        self._header, self._starts, self.nbytes = _plan(layout, metadata or {})
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(path.parent).free
-            if free < total:
-                raise CheckpointError(
-                    f"'{path}' needs {total / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB left."
-                )
-            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-            self._part = Path(name)
-            self._file = os.fdopen(handle, "wb")
-            self._file.write(header)
+            self._part, self._file = self._open()
         except OSError as error:
             raise _cannot_write(path, error) from error
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Put `tensor` in its place; each name of the layout is written once, in any order."""
-        assert name in self._missing, f"'{name}' is not in the layout, or was written before"
+        assert name in self.layout, f"'{name}' is not in the layout"
         assert (tensor.dtype, tuple(tensor.shape)) == self.layout[name], f"'{name}' differs from the layout"
-        try:
-            self._file.seek(self._starts[name])
-            self._file.write(bytes_of(tensor.detach().contiguous().cpu()))
-        except OSError as error:
-            raise _cannot_write(self.path, error) from error
-        self._missing.remove(name)
+        self.write_chunks(name, (tensor,))
 
-    def __enter__(self) -> "Writer":
+    def write_chunks(self, name: str, chunks: Iterable[Tensor]) -> None:
+        """Put a tensor in its place that comes in chunks: of its dtype and any shape, in the order of its elements."""
+        assert name in self._missing, f"'{name}' is not in the layout, or was written before"
+        dtype, shape = self.layout[name]
+        written = 0
+        for chunk in chunks:
+            assert chunk.dtype == dtype, f"'{name}' differs from the layout"
+            data = bytes_of(chunk.detach().contiguous().cpu())
+            try:
+                self._file.seek(self._starts[name] + written)
+                self._file.write(data)
+            except OSError as error:
+                self._failed(error)
+            written += len(data)
+        assert written == math.prod(shape) * dtype.itemsize, f"'{name}' came with {written} bytes"
+        self._missing.remove(name)
+        self._written(name, written)
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -94,10 +104,40 @@ class Writer:
                 os.chmod(self._part, 0o666 & ~_umask())
                 os.replace(self._part, self.path)
         except OSError as failure:
-            raise _cannot_write(self.path, failure) from failure
+            self._failed(failure)
         finally:
+            self._clean(error)
+
+    def _open(self) -> tuple[Path, BinaryIO]:
+        """The file beside the place, its header written."""
+        check_space(self.path, self.nbytes)
+        handle, name = tempfile.mkstemp(prefix=f".{self.path.name}.", suffix=".part", dir=self.path.parent)
+        file = os.fdopen(handle, "wb")
+        file.write(self._header)
+        return Path(name), file
+
+    def _written(self, name: str, nbytes: int) -> None:
+        """Called when a tensor is written."""
+
+    def _failed(self, error: OSError) -> NoReturn:
+        raise _cannot_write(self.path, error) from error
+
+    def _clean(self, error: BaseException | None) -> None:  # noqa: ARG002
+        """Leave nothing but the finished file; `error` is what ended the work, if anything did."""
+        with suppress(OSError):
             self._file.close()
-            self._part.unlink(missing_ok=True)
+        self._part.unlink(missing_ok=True)
+
+
+def check_space(path: Path, nbytes: int) -> None:
+    """Raise a CheckpointError where the disk that `path` is to be on has no room for so many bytes more."""
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise CheckpointError(
+            f"'{path}' needs {nbytes / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB left. "
+            "Make room, or choose a place on another disk."
+        )
 
 
 def _plan(layout: Layout, metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:

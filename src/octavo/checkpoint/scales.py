@@ -44,10 +44,11 @@ PREFIXES = tuple(sorted({*MMDIT_PREFIXES, *CLIP_PREFIXES, *T5_PREFIXES, *VAE_PRE
 class WeightRule:
     """How to read one FP8 weight."""
 
-    scale: Tensor | None  # [] or [rows, 1] float32 on the CPU; None: the codes are the values
+    scale: Tensor | None  # [] or [rows, 1], or by block, float32 on the CPU; None: the codes are the values
     input_scale: Tensor | None = None  # [] float32 on the CPU
     full_precision: bool = False  # the file asks not to multiply in FP8
     low_rank: LowRank | None = None  # a branch to be added to the layer's output
+    block: tuple[int, int] | None = None  # rows and columns that share a scale, where scales are by block
 
 
 class ScaleRules:
@@ -127,6 +128,7 @@ class ScaleRules:
             self._scale(layer, INPUT_SCALES, rows=1),
             form.full_precision,
             octavo_form.low_rank(self._file, layer, form),
+            form.block,
         )
 
     def _scale(self, layer: str, endings: tuple[str, ...], rows: int) -> Tensor | None:

@@ -88,6 +88,25 @@ class TensorFile:
             if check:
                 _check_finite(entry, chunk, place)
 
+    def chunks(self, name: str, *, rows: tuple[int, int] | None = None, check: bool = True) -> Iterator[Tensor]:
+        """The tensor `name`, or some rows of it, in pieces of a few megabytes, each flat and in its own dtype.
+
+        A piece is good until the next one is asked for. Arguments and errors as of `read_into`.
+        """
+        entry = self.entries[name]
+        dtype = torch_dtype(entry)
+        start, nbytes = entry.start, entry.nbytes
+        if rows is not None:
+            row_bytes = nbytes // entry.shape[0]
+            start, nbytes = start + rows[0] * row_bytes, (rows[1] - rows[0]) * row_bytes
+        buffer = torch.empty(min(CPU_CHUNK, nbytes), dtype=torch.uint8)
+        for position in range(0, nbytes, CPU_CHUNK):
+            chunk = buffer[: min(CPU_CHUNK, nbytes - position)].view(dtype)
+            self._fill(entry, start + position, chunk)
+            if check:
+                _check_finite(entry, chunk, chunk)
+            yield chunk
+
     def close(self) -> None:
         """Close the files; reading opens them again."""
         for file in self._files.values():
