@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from octavo.fp8 import BACKENDS, E4M3FN, Problem, choose_backend
-from octavo.fp8.backends import (
-    Backend,
+from octavo.fp8.backends import Backend, UnusableError
+from octavo.fp8.formats import E5M2
+from octavo.fp8.matmul import PLAIN, plain_matmul
+from octavo.fp8.needs import (
     Capability,
     ComputeDtype,
     DivisibleBy,
     Formats,
+    Granularities,
     Need,
     OnDevice,
     OnlyByName,
@@ -20,8 +23,6 @@ from octavo.fp8.backends import (
     RoundsInput,
     Supported,
 )
-from octavo.fp8.formats import E5M2
-from octavo.fp8.matmul import PLAIN, plain_matmul
 
 CPU = Problem(N=77, K=2050, format=E4M3FN, granularity="tensor", dtype=torch.float32, device="cpu")
 H200 = replace(CPU, device="cuda", capability=(9, 0), dtype=torch.bfloat16, N=4096, K=4096)
@@ -39,6 +40,7 @@ H200 = replace(CPU, device="cuda", capability=(9, 0), dtype=torch.bfloat16, N=40
         (ComputeDtype((torch.bfloat16, torch.float16)), H200, CPU, "takes bfloat16 or float16, not float32"),
         (Formats((E4M3FN,)), CPU, replace(CPU, format=E5M2), "reads e4m3fn, not e5m2"),
         (OnlyByName(), replace(CPU, by_name=True), replace(CPU, mode="fast"), "is taken only when asked for by name"),
+        (Granularities(("tensor",)), CPU, replace(CPU, granularity="row"), "takes scales by tensor, not by row"),
         (RoundsInput("e4m3fn"), replace(CPU, by_name=True), CPU, "rounds the input to e4m3fn: only in mode 'fast'"),
         (RoundsInput("e4m3fn"), replace(CPU, mode="fast"), CPU, "rounds the input to e4m3fn: only in mode 'fast'"),
         (RoundsInput("e4m3fn"), replace(CPU, mode="fast"), replace(CPU, mode="fast", full_precision=True),
@@ -73,6 +75,39 @@ def test_measured_the_fastest_of_those_that_can_is_chosen() -> None:
     choice = choose_backend([fast, slow, PLAIN], CPU, measure=lambda backend, _: times[backend.name])
     assert choice.backend is PLAIN
     assert choice.reasons == {"fast": "runs on cuda, this is cpu", "slow": "measured 1.50 times as slow as 'plain'"}
+
+
+@pytest.mark.parametrize(
+    ("unquantized", "chosen", "reason"),
+    [
+        (1.5, "rounding", "measured 2.00 times as slow as 'rounding'"),
+        (0.8, "plain", "rounds the input and measured 1.25 times as slow as F.linear in float32"),
+    ],
+)
+def test_rounding_the_input_must_beat_a_weight_that_is_not_quantized(
+    unquantized: float, chosen: str, reason: str
+) -> None:
+    rounding = Backend(name="rounding", run=plain_matmul, needs=(RoundsInput("e4m3fn"),))
+    times = {"rounding": 1.0, "plain": 2.0, "F.linear in float32": unquantized}
+    choice = choose_backend(
+        [rounding, PLAIN], replace(CPU, mode="fast"), measure=lambda backend, _: times[backend.name]
+    )
+    assert choice.backend.name == chosen
+    assert list(choice.reasons.values()) == [reason]
+
+
+def test_a_backend_that_fails_when_tried_is_left_out_but_not_the_definition() -> None:
+    def measure(backend: Backend, _problem: Problem) -> float:
+        if backend.name in broken:
+            raise UnusableError("fails when tried: no such kernel")
+        return 1.0
+
+    new, broken = Backend(name="new", run=plain_matmul, needs=(OnDevice("cpu"),)), {"new"}
+    choice = choose_backend([new, PLAIN], CPU, measure=measure)
+    assert (choice.backend, choice.reasons) == (PLAIN, {"new": "fails when tried: no such kernel"})
+    broken = {"plain"}
+    with pytest.raises(UnusableError):
+        choose_backend([new, PLAIN], CPU, measure=measure)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps", "xpu"])

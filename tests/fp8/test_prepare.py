@@ -9,9 +9,9 @@ from torch import nn
 
 from octavo.errors import RequestError
 from octavo.fp8 import E4M3FN, E5M2, Fp8Linear, LinearSpec, dequantize, paths, prepare
-from octavo.fp8.backends import Backend, DivisibleBy, OnDevice
+from octavo.fp8.backends import Backend
 from octavo.fp8.matmul import PLAIN, plain_matmul
-from octavo.fp8.prepare import seconds
+from octavo.fp8.needs import Capability, DivisibleBy, OnDevice, Problem
 from octavo.fp8.scale import Scaled
 from octavo.models import MMDiT, MMDiTConfig, T5Config, T5Encoder
 from octavo.quantize import convert
@@ -70,7 +70,6 @@ def test_measuring_never_leaves_a_slower_path() -> None:
     report = prepare(small_model(), CPU, torch.float32, measure=True, backends=[slow, PLAIN])
     assert report.layers == {"plain": 2}
     assert all("times as slow as 'plain'" in reason for reason in report.reasons["slow"])
-    assert seconds.cache_info().currsize > 0
 
 
 def test_a_backend_asked_for_by_name_serves_every_layer_that_it_can() -> None:
@@ -98,6 +97,33 @@ def test_a_name_of_no_use_is_refused_with_reasons(backend: str, message: str) ->
         prepare(small_model(), CPU, torch.float32, backend=backend)
     with pytest.raises(RequestError, match=r"no backend|the model has none"):
         prepare(nn.Linear(2, 2), CPU, torch.float32, backend=backend)
+
+
+def test_layers_are_told_by_group() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 4)))
+    convert(model, all_linears(model))
+    report = prepare(model, CPU, torch.float32, backends=[PLAIN])
+    assert report.details == ["* [8, 8], 2: plain", "*.* [4, 8], 1: plain"]
+    assert "not 'cpu-int8' for 3: rounds the input to int8: only in mode 'fast'" in prepare(
+        model, CPU, torch.float32
+    ).details  # fmt: skip
+
+
+def test_a_gpu_that_is_said_to_multiply_in_fp8_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU plays a GPU of compute capability 8.0 here."""
+    monkeypatch.setattr(Fp8Linear, "problem", lambda *_: GPU)
+
+    def fails(*_: object) -> torch.Tensor:
+        raise RuntimeError("no such instruction\nand more")
+
+    works = Backend(name="works", run=plain_matmul, needs=(Capability(8, 9),))
+    broken = Backend(name="broken", run=fails, needs=(Capability(8, 9),))
+    GPU = Problem(N=16, K=16, format=E4M3FN, granularity="row", dtype=torch.float32, device="cpu", capability=(8, 0))
+    assert prepare(small_model(), CPU, torch.float32, backends=[works, PLAIN]).layers == {"plain": 2}
+    assumed = prepare(small_model(), CPU, torch.float32, backends=[works, PLAIN], assume_fp8_compute=True)
+    assert assumed.layers == {"works": 2}
+    with pytest.raises(RequestError, match=r"but 'broken' fails when tried: no such instruction\. Leave"):
+        prepare(small_model(), CPU, torch.float32, backends=[broken, PLAIN], assume_fp8_compute=True)
 
 
 def test_moving_keeps_the_choice_on_the_device_and_undoes_it_elsewhere() -> None:

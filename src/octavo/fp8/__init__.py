@@ -1,11 +1,12 @@
 """Numbers of eight bits: the formats, scaling into and out of them, the linear layer that keeps its weight so, and the
 ways to multiply by it. Start reading at `scale`, then `linear`; `prepare` settles how a loaded model multiplies."""
 
-from octavo.fp8.backends import Backend, Choice, Mode, Problem, choose_backend, find_backend
+from octavo.fp8.backends import Backend, Choice, choose_backend, find_backend
 from octavo.fp8.finite import all_finite, watch
 from octavo.fp8.formats import E4M3FN, E5M2, FORMATS, Fp8Format
 from octavo.fp8.linear import Fp8Linear, LinearSpec
 from octavo.fp8.matmul import BACKENDS
+from octavo.fp8.needs import Mode, Problem
 from octavo.fp8.prepare import Paths, paths, prepare, refused
 from octavo.fp8.scale import Granularity, Scaled, dequantize, quantize
 

@@ -1,169 +1,27 @@
-"""Ways to multiply by an FP8 weight: what each needs, as data, and the choice among them.
+"""Ways to multiply by an FP8 weight, as data, and the choice among them.
 
-A `Backend` names a function and its needs. `choose_backend` takes the first one whose needs a `Problem` meets, or with
-`measure` the fastest of them, and keeps for each of the others the reason why not. The backends themselves are in
+A `Backend` names a function and its `needs`. `choose_backend` takes the first one whose needs a `Problem` meets, or by
+measured times the best of them, and keeps for each of the others the reason why not. The backends themselves are in
 `matmul`; `prepare` makes the choice for each layer of a model, once.
 """
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.errors import RequestError, did_you_mean
-from octavo.fp8.formats import Fp8Format
-from octavo.fp8.scale import Granularity, Scaled
-
-Mode = Literal["exact", "fast"]
+from octavo.fp8.needs import Need, Problem, RoundsInput, dtype_name
+from octavo.fp8.scale import Scaled, dequantize
 
 # x [M, K], the weight [N, K], bias [N] and a calibrated scale of x, shape [] → [M, N] in x's dtype.
 ScaledMatmul = Callable[[Tensor, Scaled, Tensor | None, Tensor | None], Tensor]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """All that a choice depends on: y [M, N] = x [M, K] · weight [N, K]ᵀ, whatever M."""
-
-    N: int  # output features
-    K: int  # input features
-    format: Fp8Format  # of the weight
-    granularity: Granularity  # of its scale
-    dtype: torch.dtype  # of x
-    device: str  # its type: cpu, cuda, mps
-    capability: tuple[int, int] | None = None  # CUDA's, where the device has one
-    full_precision: bool = False  # x must not be rounded, says the file
-    mode: Mode = "exact"  # "fast" permits rounding x to fewer bits than its dtype has
-    by_name: bool = False  # the user asked for this one backend, and so permits what it rounds
-
-    def on(self, device: torch.device) -> Self:
-        """The same on a device of this machine."""
-        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-        return replace(self, device=device.type, capability=capability)
-
-
-class Need(Protocol):
-    """A condition on problems or on the machine."""
-
-    def unmet(self, problem: Problem) -> str | None:
-        """Why it is not met, as the end of a sentence about the backend; None where it is."""
-
-
-@dataclass(frozen=True, slots=True)
-class OnDevice:
-    """A device of this type."""
-
-    type: str
-
-    def unmet(self, problem: Problem) -> str | None:
-        return None if problem.device == self.type else f"runs on {self.type}, this is {problem.device}"
-
-
-@dataclass(frozen=True, slots=True)
-class Capability:
-    """CUDA compute capability of at least this."""
-
-    major: int
-    minor: int
-
-    def unmet(self, problem: Problem) -> str | None:
-        needed = f"needs compute capability {self.major}.{self.minor}"
-        if problem.capability is None:
-            return f"{needed}, this is {problem.device}"
-        if problem.capability < (self.major, self.minor):
-            return f"{needed}, this device has {problem.capability[0]}.{problem.capability[1]}"
-        return None
-
-
-@dataclass(frozen=True, slots=True)
-class DivisibleBy:
-    """A dimension that is a multiple."""
-
-    dimension: Literal["N", "K"]
-    divisor: int
-
-    def unmet(self, problem: Problem) -> str | None:
-        size = problem.N if self.dimension == "N" else problem.K
-        return f"{self.dimension}={size} is not divisible by {self.divisor}" if size % self.divisor else None
-
-
-@dataclass(frozen=True, slots=True)
-class ComputeDtype:
-    """Activations in one of these dtypes."""
-
-    dtypes: tuple[torch.dtype, ...]
-
-    def unmet(self, problem: Problem) -> str | None:
-        if problem.dtype in self.dtypes:
-            return None
-        return f"takes {' or '.join(map(_name, self.dtypes))}, not {_name(problem.dtype)}"
-
-
-@dataclass(frozen=True, slots=True)
-class Formats:
-    """A weight in one of these formats."""
-
-    formats: tuple[Fp8Format, ...]
-
-    def unmet(self, problem: Problem) -> str | None:
-        if problem.format in self.formats:
-            return None
-        return f"reads {' or '.join(fmt.name for fmt in self.formats)}, not {problem.format.name}"
-
-
-@dataclass(frozen=True, slots=True)
-class RoundsInput:
-    """Leave to round the activations to fewer bits than their dtype has."""
-
-    to: str
-
-    def unmet(self, problem: Problem) -> str | None:
-        if problem.full_precision:
-            return f"rounds the input to {self.to}, where the file asks for full precision"
-        permitted = problem.mode == "fast" or problem.by_name
-        return None if permitted else f"rounds the input to {self.to}: only in mode 'fast'"
-
-
-@dataclass(frozen=True, slots=True)
-class OnlyByName:
-    """Being asked for by its name: it defines or diagnoses something, and is of no use otherwise."""
-
-    def unmet(self, problem: Problem) -> str | None:
-        return None if problem.by_name else "is taken only when asked for by name"
-
-
-@dataclass(frozen=True, slots=True)
-class Operator:
-    """An operator that this build of torch may lack."""
-
-    name: str  # as torch.ops has it: namespace.operator
-
-    def unmet(self, problem: Problem) -> str | None:  # noqa: ARG002  # the machine alone decides
-        namespace, _, operator = self.name.partition(".")
-        return None if hasattr(getattr(torch.ops, namespace), operator) else f"this build of torch lacks {self.name}"
-
-
-@dataclass(frozen=True, slots=True)
-class Package:
-    """An optional package."""
-
-    name: str
-
-    def unmet(self, problem: Problem) -> str | None:  # noqa: ARG002  # the machine alone decides
-        return None if importlib.util.find_spec(self.name) else f"the package {self.name} is not installed"
-
-
-@dataclass(frozen=True, slots=True)
-class Supported:
-    """Something that a function of torch tells about the processor."""
-
-    what: str
-    by: Callable[[], bool]
-
-    def unmet(self, problem: Problem) -> str | None:  # noqa: ARG002  # the machine alone decides
-        return None if self.by() else f"this processor lacks {self.what}"
+class UnusableError(RequestError):
+    """A backend whose needs are met has failed all the same when it was tried."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,8 +30,14 @@ class Backend:
 
     name: str
     run: ScaledMatmul
+    about: str = ""  # what it does, in a few words
     needs: tuple[Need, ...] = ()
     twin: Callable[[Scaled], Scaled] | None = None  # the form of the weight that `run` takes, where it is not FP8
+
+    @property
+    def rounds_input(self) -> bool:
+        """Whether it costs more quality than the FP8 weight does."""
+        return any(isinstance(need, RoundsInput) for need in self.needs)
 
     def refusal(self, problem: Problem) -> str | None:
         """Why it cannot serve `problem`; None where it can."""
@@ -211,10 +75,13 @@ def choose_backend(
 ) -> Choice:
     """The backend for `problem`.
 
+    Without times it is the first one that can. With them it is the fastest, save that a backend which rounds the input
+    has to be faster than F.linear with a weight that is not quantized: else it would cost quality and win nothing.
+
     Args:
         backends: in order of preference; one of them at least without needs.
         problem: its shape, dtypes and device.
-        measure: gives a backend's time for the problem; the fastest is taken, not the first.
+        measure: gives a backend's time for the problem; raises `UnusableError` where it fails.
         wanted: take this one if it can serve the problem; if not, the choice is as without.
     """
     if wanted is not None:
@@ -230,16 +97,43 @@ def choose_backend(
     if measure is None:
         chosen = usable[0]
         reasons |= {backend.name: f"'{chosen.name}' comes before it" for backend in usable[1:]}
-    else:
-        times = {backend.name: measure(backend, problem) for backend in usable}
-        chosen = min(usable, key=lambda backend: times[backend.name])
-        reasons |= {
-            name: f"measured {time / times[chosen.name]:.2f} times as slow as '{chosen.name}'"
-            for name, time in times.items()
-            if name != chosen.name
-        }
+        return Choice(chosen, reasons)
+    times, failures = _times(usable, problem, measure)
+    reasons |= failures
+    rival = unquantized(problem.dtype)
+    limit = measure(rival, problem) if any(backend.rounds_input for backend in usable) else 0.0
+    idle = {b.name for b in usable if b.name in times and b.rounds_input and times[b.name] >= limit}
+    chosen = min((b for b in usable if b.name in times and b.name not in idle), key=lambda b: times[b.name])
+    for name, time in times.items():
+        if name in idle:
+            reasons[name] = f"rounds the input and measured {time / limit:.2f} times as slow as {rival.name}"
+        elif name != chosen.name:
+            reasons[name] = f"measured {time / times[chosen.name]:.2f} times as slow as '{chosen.name}'"
     return Choice(chosen, reasons)
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _times(
+    usable: Sequence[Backend], problem: Problem, measure: Callable[[Backend, Problem], float]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Seconds by name, and why others have none."""
+    times, failures = dict[str, float](), dict[str, str]()
+    for backend in usable:
+        try:
+            times[backend.name] = measure(backend, problem)
+        except UnusableError as error:
+            if not backend.needs:  # the definition must work
+                raise
+            failures[backend.name] = str(error)
+    return times, failures
+
+
+def unquantized(dtype: torch.dtype) -> Backend:
+    """F.linear with the weight kept in `dtype`: not among the ways, for it takes the memory; a rival to measure."""
+
+    def run(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Tensor | None) -> Tensor:  # noqa: ARG001
+        return F.linear(x, weight.q, bias)
+
+    def twin(weight: Scaled) -> Scaled:
+        return Scaled(dequantize(weight, dtype), weight.scale)
+
+    return Backend(name=f"F.linear in {dtype_name(dtype)}", run=run, twin=twin)

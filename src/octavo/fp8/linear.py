@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.errors import RequestError
-from octavo.fp8.backends import Backend, Choice, Mode, Problem
+from octavo.fp8.backends import Backend, Choice
 from octavo.fp8.formats import E4M3FN, Fp8Format
 from octavo.fp8.matmul import PLAIN
+from octavo.fp8.needs import Mode, Problem
 from octavo.fp8.scale import Granularity, Scaled, dequantize
 
 

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.fp8 import cpu, gemm, int8
-from octavo.fp8.backends import (
-    Backend,
+from octavo.fp8.backends import Backend
+from octavo.fp8.formats import E4M3FN
+from octavo.fp8.needs import (
     Capability,
     ComputeDtype,
     DivisibleBy,
@@ -25,7 +26,6 @@ from octavo.fp8.backends import (
     RoundsInput,
     Supported,
 )
-from octavo.fp8.formats import E4M3FN
 from octavo.fp8.scale import Scaled, dequantize, quantize_input
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -64,16 +64,28 @@ def triton_w8a16(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Te
     return w8a16(x, weight, bias)
 
 
-PLAIN = Backend(name="plain", run=plain_matmul)
-PLAIN_W8A8 = Backend(name="plain-w8a8", run=plain_w8a8, needs=(OnlyByName(), RoundsInput("e4m3fn")))
+PLAIN = Backend(name="plain", about="the definition: dequantize, then F.linear", run=plain_matmul)
+PLAIN_W8A8 = Backend(
+    name="plain-w8a8",
+    about="the definition of FP8 by FP8: what GPUs compute, on any machine",
+    run=plain_w8a8,
+    needs=(OnlyByName(), RoundsInput("e4m3fn")),
+)
 CPU = Backend(
     name="cpu",
+    about="decode block by block, oneDNN's float32 GEMM",
     run=cpu.onednn_matmul,
     needs=(OnDevice("cpu"), ComputeDtype(FLOATS), Operator("mkldnn._linear_pointwise")),
 )
-CPU_BLAS = Backend(name="cpu-blas", run=cpu.blas_matmul, needs=(OnDevice("cpu"), ComputeDtype(FLOATS)))
+CPU_BLAS = Backend(
+    name="cpu-blas",
+    about="the same, by F.linear's GEMM",
+    run=cpu.blas_matmul,
+    needs=(OnDevice("cpu"), ComputeDtype(FLOATS)),
+)
 CPU_BF16 = Backend(
     name="cpu-bf16",
+    about="input rounded to bfloat16, AVX-512's bfloat16 GEMM",
     run=cpu.bfloat16_matmul,
     needs=(
         OnDevice("cpu"),
@@ -84,6 +96,7 @@ CPU_BF16 = Backend(
 )
 CPU_INT8 = Backend(
     name="cpu-int8",
+    about="weight remade as INT8, input rounded to INT8 by row, oneDNN",
     run=int8.int8_matmul,
     twin=int8.packed_twin,
     needs=(
@@ -97,6 +110,7 @@ CPU_INT8 = Backend(
 )
 TORCH = Backend(
     name="torch",
+    about="FP8 by FP8, torch._scaled_mm",
     run=gemm.torch_matmul,
     needs=(
         OnDevice("cuda"),
@@ -110,6 +124,7 @@ TORCH = Backend(
 )
 TRITON_W8A8 = Backend(
     name="triton-w8a8",
+    about="FP8 by FP8, scales and bias in the epilogue",
     run=triton_w8a8,
     needs=(
         OnDevice("cuda"),
@@ -122,11 +137,13 @@ TRITON_W8A8 = Backend(
 )
 TRITON_W8A16 = Backend(
     name="triton-w8a16",
+    about="codes become 16 bits inside the product",
     run=triton_w8a16,
     needs=(OnDevice("cuda"), Capability(7, 5), ComputeDtype(HALVES), Package("triton")),
 )
 TORCH_INT8 = Backend(
     name="torch-int8",
+    about="weight remade as INT8, input rounded to INT8 by row, torch._int_mm",
     run=int8.int_mm_matmul,
     twin=int8.int8_twin,
     needs=(

@@ -4,26 +4,33 @@ prepare(mmdit, device, dtype)             # after loading
 print(paths(mmdit))                       # 290 of 302 linears in FP8: 290 by cpu
 """
 
-import functools
-import time
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from statistics import median
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from octavo.errors import RequestError
-from octavo.fp8.backends import Backend, Choice, Mode, Problem, choose_backend, find_backend
+from octavo.fp8.backends import Backend, Choice, UnusableError, choose_backend, find_backend
 from octavo.fp8.linear import Fp8Linear
 from octavo.fp8.matmul import BACKENDS
-from octavo.fp8.scale import Scaled
+from octavo.fp8.needs import TYPICAL_ROWS, Mode, Problem
+from octavo.fp8.timing import Timings, seconds
 
-MEASURED_ROWS = 1024  # of x: a picture of 512×512, or two with little text
-REPEATS = 5
 FP8_CAPABILITY = (8, 9)  # of the first GPUs that multiply in FP8
 UNPREPARED = "plain (not prepared)"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """FP8 layers of one name, numbers aside, that multiply alike."""
+
+    name: str  # with * for numbers
+    out_features: int
+    in_features: int
+    backend: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +40,7 @@ class Paths:
     linears: int  # all, FP8 or not
     layers: Mapping[str, int]  # FP8 layers by the name of their backend
     reasons: Mapping[str, Mapping[str, int]]  # backend → why layers do not use it → how many
+    groups: Mapping[Group, int] = field(default_factory=dict)  # how many layers
 
     @property
     def fp8(self) -> int:
@@ -43,6 +51,18 @@ class Paths:
         by = ", ".join(f"{count} by {name}" for name, count in self.layers.items())
         return f"{self.fp8} of {self.linears} linears in FP8" + (f": {by}" if by else "")
 
+    @property
+    def details(self) -> list[str]:
+        """A line for each group of layers, and for each reason against a backend."""
+        taken = [
+            f"{group.name} [{group.out_features}, {group.in_features}], {count}: {group.backend}"
+            for group, count in self.groups.items()
+        ]
+        refused = [
+            f"not '{name}' for {count}: {reason}" for name, why in self.reasons.items() for reason, count in why.items()
+        ]
+        return taken + refused
+
 
 def prepare(
     model: nn.Module,
@@ -50,7 +70,8 @@ def prepare(
     dtype: torch.dtype,
     *,
     mode: Mode = "exact",
-    measure: bool = False,
+    measure: bool | None = None,
+    rows: Callable[[str], int] = lambda _name: TYPICAL_ROWS,
     backend: str | None = None,
     assume_fp8_compute: bool = False,
     backends: Sequence[Backend] = BACKENDS,
@@ -62,8 +83,11 @@ def prepare(
         device: where it runs.
         dtype: of its activations.
         mode: "exact" keeps the activations in `dtype`; "fast" lets a backend round them to 8 or 16 bits.
-        measure: time the backends on each shape that occurs (once per process), and take the fastest rather than the
-            first that can; a path slower than the plain definition is then never used.
+        measure: time the backends on each shape that occurs and take the best, see `choose_backend`; times are kept on
+            disk (see `timing`). None: on CUDA devices, which differ from one another. On CPUs the order of `backends`
+            is known to be that of speed, so that measuring them, seconds of work amid the noise of other programs,
+            could only find another result by mistake.
+        rows: of a layer's input, by the layer's name, where it is measured.
         backend: the name of the one to use on every layer that it can serve; naming it permits the rounding that it
             does. Layers that it cannot serve, such as those that the file asks to keep exact, are chosen for as ever.
         assume_fp8_compute: take the user's word for it that a CUDA device can multiply in FP8; each backend that this
@@ -77,18 +101,22 @@ def prepare(
     wanted = None if backend is None else find_backend(backends, backend)
     if wanted is not None and (why := refused(model, device, dtype, wanted, assume_fp8_compute=assume_fp8_compute)):
         raise RequestError(why)
+    measure = torch.device(device).type == "cuda" if measure is None else measure
+    timings = Timings() if measure else None
     choices: dict[Problem, Choice] = {}
-    for layer in model.modules():
+    for name, layer in model.named_modules():
         if isinstance(layer, Fp8Linear):
             assert layer.scale.device.type == torch.device(device).type, f"a layer is on {layer.scale.device}"
-            told = layer.problem(dtype, mode)
+            told = replace(layer.problem(dtype, mode), rows=rows(name))
             problem = assumed(told) if assume_fp8_compute else told
             if problem not in choices:
-                times = seconds if measure else None
-                choices[problem] = choose_backend(backends, problem, measure=times, wanted=wanted)
-                if choices[problem].backend.refusal(replace(told, by_name=wanted is not None)):
-                    _try(choices[problem].backend, problem)
+                choices[problem] = choose_backend(backends, problem, measure=timings, wanted=wanted)
+                chosen = choices[problem].backend
+                if problem != told and chosen.refusal(replace(told, by_name=wanted is chosen)):
+                    _try(chosen, problem)
             layer.use(choices[problem])
+    if timings is not None:
+        timings.save()
     return paths(model)
 
 
@@ -124,58 +152,26 @@ def assumed(problem: Problem) -> Problem:
 
 
 def _try(backend: Backend, problem: Problem) -> None:
+    """See that a backend runs which only the user's word has admitted."""
     try:
         seconds(backend, problem)
-    except RuntimeError as error:
+    except UnusableError as error:
         raise RequestError(
-            f"The device was said to multiply in FP8, but '{backend.name}' fails there: {error}. "
-            "Leave --supports-fp8-compute out."
+            f"The device was said to multiply in FP8, but '{backend.name}' {error}. Leave --supports-fp8-compute out."
         ) from error
 
 
 def paths(model: nn.Module) -> Paths:
     """How the linear layers of `model` multiply, for `octavo info` and logs."""
-    linears, layers, reasons = 0, Counter[str](), dict[str, Counter[str]]()
-    for module in model.modules():
+    linears, layers, reasons, groups = 0, Counter[str](), dict[str, Counter[str]](), Counter[Group]()
+    for name, module in model.named_modules():
         linears += isinstance(module, nn.Linear | Fp8Linear)
         if isinstance(module, Fp8Linear):
-            layers[UNPREPARED if module.choice is None else module.choice.backend.name] += 1
-            for name, reason in ({} if module.choice is None else module.choice.reasons).items():
-                reasons.setdefault(name, Counter())[reason] += 1
-    return Paths(linears, dict(layers.most_common()), {name: dict(why) for name, why in reasons.items()})
-
-
-@functools.cache
-def seconds(backend: Backend, problem: Problem) -> float:
-    """Median time of `backend` for `problem` with MEASURED_ROWS rows of x, on the first device of its type."""
-    device = torch.device(problem.device)
-    generator = torch.Generator(device).manual_seed(0)
-    # Every positive finite code occurs; subnormal ones are as rare as in weights.
-    codes = torch.randint(
-        problem.format.first_non_finite_code,
-        (problem.N, problem.K),
-        dtype=torch.uint8,
-        device=device,
-        generator=generator,
-    )
-    scale = torch.ones((problem.N, 1) if problem.granularity == "row" else (), device=device)
-    weight = Scaled(codes.view(problem.format.dtype), scale)
-    if backend.twin is not None:
-        weight = backend.twin(weight)
-    x = torch.randn(MEASURED_ROWS, problem.K, device=device, generator=generator).to(problem.dtype)
-    bias = torch.zeros(problem.N, device=device, dtype=problem.dtype)
-    times = []
-    with torch.inference_mode():
-        backend.run(x, weight, bias, None)
-        for _ in range(REPEATS):
-            _wait(device)
-            start = time.perf_counter()
-            backend.run(x, weight, bias, None)
-            _wait(device)
-            times.append(time.perf_counter() - start)
-    return median(times)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+            backend = UNPREPARED if module.choice is None else module.choice.backend.name
+            layers[backend] += 1
+            alike = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
+            groups[Group(alike, module.out_features, module.in_features, backend)] += 1
+            for other, reason in ({} if module.choice is None else module.choice.reasons).items():
+                reasons.setdefault(other, Counter())[reason] += 1
+    counted = {name: dict(why) for name, why in reasons.items()}
+    return Paths(linears, dict(layers.most_common()), counted, dict(groups))
