@@ -1,9 +1,11 @@
 """Options about FP8 that commands which draw have in common, ComfyUI's spellings of them included.
 
-ComfyUI's `--fast` may be followed by words, which no option of typer's can; `plain_words` takes them away beforehand.
+ComfyUI's `--fast` may be followed by words, and our `info --device` by a name or nothing; typer has no such options.
+`plain_words` puts such a command line into words that it takes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import Annotated, Any
 
 import typer
@@ -31,6 +33,15 @@ BackendName = Annotated[
     typer.Option(
         "--backend",
         help="How to multiply by FP8 weights, by name; what suits each layer if unsaid. See 'octavo info --device'.",
+        rich_help_panel=OURS,
+    ),
+]
+Measure = Annotated[
+    bool | None,
+    typer.Option(
+        "--measure/--no-measure",
+        envvar="OCTAVO_MEASURE",
+        help="Choose how to multiply by measured times; on CUDA devices only if unsaid.",
         rich_help_panel=OURS,
     ),
 ]
@@ -72,6 +83,7 @@ def settings(
     force_fp8: bool,
     force_fp8_text_encoders: bool,
     backend: str | None,
+    measure: bool | None,
     unet_e4m3fn: bool,
     unet_e5m2: bool,
     text_enc_e4m3fn: bool,
@@ -85,6 +97,7 @@ def settings(
         "force_fp8_text_encoders": _format("text-enc", force_fp8_text_encoders or text_enc_e4m3fn, text_enc_e5m2),
         "supports_fp8_compute": supports_fp8_compute,
         "backend": backend,
+        "measure": measure,
     }
 
 
@@ -95,13 +108,13 @@ def _format(of: str, e4m3fn: bool, e5m2: bool) -> str | bool:
 
 
 def plain_words(words: Sequence[str]) -> list[str]:
-    """The command line without the words that may follow `--fast` in ComfyUI's.
+    """The command line without the words that may follow `--fast` in ComfyUI's, and with the device left out of `info`.
 
     Raises:
         RequestError: one of them names something that only ComfyUI has.
     """
     plain, after_fast = list[str](), False
-    for word in words:
+    for word in _with_device(words):
         if after_fast and word in ELSEWHERE:
             raise RequestError(
                 f"--fast {word} is ComfyUI's alone. Octavo's --fast is about FP8 products; write it without a word."
@@ -110,3 +123,11 @@ def plain_words(words: Sequence[str]) -> list[str]:
             plain.append(word)
             after_fast = word == "--fast"
     return plain
+
+
+def _with_device(words: Sequence[str]) -> Iterator[str]:
+    """`info --device` without a name asks for the fastest device."""
+    for word, following in zip_longest(words, words[1:], fillvalue="-"):
+        yield word
+        if words[0] == "info" and word == "--device" and following.startswith("-"):
+            yield "auto"

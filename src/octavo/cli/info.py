@@ -1,4 +1,7 @@
-"""`octavo info`: what a model file is, what is inside, and how it is best used. Told from headers, in a moment."""
+"""`octavo info`: what a model file is, what is inside, and how it is best used; or what this machine can do.
+
+Files are told from headers, in a moment.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from octavo.errors import RequestError
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -16,13 +21,27 @@ if TYPE_CHECKING:
 
 
 def info(
-    model: Annotated[str, typer.Argument(help="A file or diffusers folder: a path, or a name in the models tree.")],
+    model: Annotated[
+        str | None, typer.Argument(help="A file or diffusers folder: a path, or a name in the models tree.")
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Tell what a device can do: cpu, cuda; the fastest if no name follows.", metavar="[NAME]"),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the products, with --device; what suits it if unsaid.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Time the ways to multiply, with --device.")] = False,
     models_dir: Annotated[
         str | None, typer.Option(envvar="OCTAVO_MODELS", help="Folder laid out as ComfyUI's models/.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Say what a model file is: its parts, bytes by dtype, layers in FP8, recommended settings."""
+    """Say what a model file is: parts, bytes by dtype, layers in FP8, recommended settings. Or what a device can."""
+    if device is not None:
+        _tell_device(device, dtype, measure, as_json)
+        if model is None:
+            return
+    if model is None:
+        raise RequestError("Say which model to tell about: octavo info NAME. Of this machine: octavo info --device.")
     from octavo.checkpoint.describe import describe
     from octavo.checkpoint.folders import Folders
 
@@ -34,6 +53,22 @@ def info(
     from rich.console import Console, Group
 
     Console().print(Group(*_page(description)), highlight=False)
+
+
+def _tell_device(name: str, dtype: str | None, measure: bool, as_json: bool) -> None:
+    from rich.console import Console, Group
+
+    from octavo.cli.device import as_json as to_json
+    from octavo.cli.device import machine, page
+    from octavo.devices import pick_device, pick_dtype
+    from octavo.fp8 import survey
+
+    chosen = pick_device(name)
+    facts, findings = machine(chosen), survey(chosen, pick_dtype(dtype, chosen), measure=measure)
+    if as_json:
+        print(json.dumps(to_json(facts, findings), indent=1))
+    else:
+        Console().print(Group(*page(facts, findings)), highlight=False)
 
 
 def _page(description: Description) -> list[RenderableType]:

@@ -9,6 +9,7 @@ from octavo.fp8.matmul import BACKENDS
 from octavo.fp8.needs import Mode, Problem
 from octavo.fp8.prepare import Paths, paths, prepare, refused
 from octavo.fp8.scale import Granularity, Scaled, dequantize, quantize
+from octavo.fp8.survey import survey
 
 __all__ = [
     "BACKENDS",
@@ -33,5 +34,6 @@ __all__ = [
     "prepare",
     "quantize",
     "refused",
+    "survey",
     "watch",
 ]

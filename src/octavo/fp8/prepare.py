@@ -53,14 +53,16 @@ class Paths:
 
     @property
     def details(self) -> list[str]:
-        """A line for each group of layers, and for each reason against a backend."""
+        """A line for each group of layers, and for each reason against backends."""
         taken = [
             f"{group.name} [{group.out_features}, {group.in_features}], {count}: {group.backend}"
             for group, count in self.groups.items()
         ]
-        refused = [
-            f"not '{name}' for {count}: {reason}" for name, why in self.reasons.items() for reason, count in why.items()
-        ]
+        alike: dict[tuple[str, int], list[str]] = {}
+        for name, why in self.reasons.items():
+            for reason, count in why.items():
+                alike.setdefault((reason, count), []).append(name)
+        refused = [f"not {', '.join(names)} for {count}: {reason}" for (reason, count), names in alike.items()]
         return taken + refused
 
 

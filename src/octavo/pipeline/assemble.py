@@ -50,6 +50,7 @@ def load(
     force_fp8_text_encoders: bool | str = False,
     supports_fp8_compute: bool = False,
     backend: str | None = None,
+    measure: bool | None = None,
 ) -> Components:
     """Find a model and all that belongs to it. Headers are read now, weights when they are needed.
 
@@ -68,6 +69,8 @@ def load(
         supports_fp8_compute: act as if a CUDA device could multiply in FP8, whatever it says.
         backend: name of the way to multiply by FP8 weights (see `octavo.fp8.BACKENDS`), for every layer of the model
             and of its encoders that can use it; what suits each layer when not given.
+        measure: choose how to multiply by measured times, which are kept on disk, rather than by a known order; when
+            not given, on CUDA devices only.
 
     Raises:
         ModelNotFoundError: a file is not there; says what to download and where to put it.
@@ -77,6 +80,7 @@ def load(
     arithmetic = Arithmetic(
         mode="fast" if fast else "exact",
         backend=backend,
+        measure=measure,
         assume_fp8_compute=supports_fp8_compute,
         force=_format(force_fp8),
     )

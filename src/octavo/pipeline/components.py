@@ -22,6 +22,7 @@ from octavo.checkpoint.presets import Preset
 from octavo.checkpoint.source import Located
 from octavo.devices import free_bytes
 from octavo.fp8 import BACKENDS, Fp8Format, LinearSpec, Mode, find_backend, prepare, refused
+from octavo.fp8.needs import TYPICAL_ROWS
 from octavo.models import VAE, MMDiT, MMDiTConfig
 from octavo.pipeline.decode import decode, to_uint8
 from octavo.pipeline.encode import TextEncoders
@@ -30,6 +31,10 @@ from octavo.pipeline.latents import FACTOR
 logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module, covariant=True)
+
+# Rows of inputs, where ways to multiply are timed.
+PROMPT_ROWS = 77  # tokens
+STEP_ROWS = 56  # of modulation: 28 steps, two prompts
 
 SPARE = 512 << 20  # bytes that stay free beside a part, for its work
 DECODE_BYTES_PER_PIXEL = 2600  # of the released VAE at its widest, in float32: five maps of 128 channels
@@ -41,6 +46,7 @@ class Arithmetic:
 
     mode: Mode = "exact"  # "fast" lets inputs be rounded to 8 or 16 bits
     backend: str | None = None  # the one to use wherever it can be
+    measure: bool | None = None  # whether to time the ways; None: as suits the device
     assume_fp8_compute: bool = False  # of a GPU that does not say so
     force: Fp8Format | None = None  # quantize to this at load what the file keeps in more bits
 
@@ -104,9 +110,14 @@ class Part(Generic[M]):
                 self.dtype,
                 mode=self._arithmetic.mode,
                 backend=backend,
+                measure=self._arithmetic.measure,
+                rows=self._rows,
                 assume_fp8_compute=self._arithmetic.assume_fp8_compute,
             )
-            logger.info("%s (%s): %s", self.title, self.path.name, paths)
+            if paths.linears:
+                told = "".join(f"\n  {line}" for line in paths.details)
+                refused = f"\n  {self.refused}" if self.refused else ""
+                logger.info("%s (%s): %s%s%s", self.title, self.path.name, paths, refused, told)
             self._model = cast(M, model)
         return self._model
 
@@ -114,6 +125,13 @@ class Part(Generic[M]):
         """How to load it, and how many layers are quantized meanwhile."""
         plan, fmt = plan_part(self._located), self._arithmetic.force
         return plan, 0 if fmt is None else len(force_fp8(plan, LinearSpec(format=fmt, granularity="row")))
+
+    def _rows(self, layer: str) -> int:
+        """How many rows the input of a layer usually has."""
+        if self._located.part.kind != "mmdit":
+            return PROMPT_ROWS
+        once_a_step = "adaLN_modulation" in layer or layer.startswith(("t_embedder", "y_embedder"))
+        return STEP_ROWS if once_a_step else TYPICAL_ROWS
 
     def release(self) -> None:
         """Give its memory back; the next call loads it again."""
