@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 
 from octavo._version import __version__
+from octavo.cli import compare as comparing
+from octavo.cli import evaluate as evaluating
 from octavo.cli.arithmetic import plain_words
 from octavo.cli.generate import EPILOG, generate
 from octavo.cli.info import info
@@ -29,6 +31,8 @@ app = typer.Typer(
     name="octavo", help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich"
 )
 app.command(epilog=EPILOG)(generate)
+app.command(epilog=evaluating.EPILOG)(evaluating.evaluate)
+app.command(epilog=comparing.EPILOG)(comparing.compare)
 app.command()(info)
 app.command()(models)
 app.command()(pull)
