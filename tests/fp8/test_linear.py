@@ -8,7 +8,12 @@ from torch import nn
 from octavo.fp8 import E5M2, Fp8Linear, LinearSpec, Scaled, dequantize, prepare, quantize
 from octavo.quantize import convert
 
-SPECS = [LinearSpec(), LinearSpec(granularity="row"), LinearSpec(format=E5M2, input_scale=True, full_precision=True)]
+SPECS = [
+    LinearSpec(),
+    LinearSpec(granularity="row"),
+    LinearSpec(granularity="block", block=(2, 4)),
+    LinearSpec(format=E5M2, input_scale=True, full_precision=True),
+]
 
 
 def small_model() -> nn.Sequential:
@@ -22,7 +27,7 @@ def test_output_is_that_of_the_dequantized_weight(spec: LinearSpec, dtype: torch
     model = small_model()
     plain = model[0]
     assert isinstance(plain, nn.Linear)
-    expected_weight = dequantize(quantize(plain.weight, spec.format, spec.granularity), dtype)
+    expected_weight = dequantize(quantize(plain.weight, spec.format, spec.granularity, block=spec.block), dtype)
     convert(model, {"0": spec})
     linear = model[0]
     assert isinstance(linear, Fp8Linear)
@@ -73,6 +78,9 @@ def test_it_tells_what_it_is() -> None:
     model = small_model()
     convert(model, {"0": LinearSpec(granularity="row")})
     assert "Fp8Linear(in_features=6, out_features=5, bias=True, e4m3fn by row)" in repr(model)
+    model = small_model()
+    convert(model, {"0": LinearSpec(granularity="block")})
+    assert "e4m3fn by block of 128×128)" in repr(model)
 
 
 @pytest.mark.gradients

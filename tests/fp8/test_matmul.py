@@ -15,6 +15,7 @@ from tests.fp8.weights import error, every_finite_code, weight
 
 FORMATS = pytest.mark.parametrize("fmt", [E4M3FN, E5M2], ids=lambda fmt: fmt.name)
 GRANULARITIES = pytest.mark.parametrize("granularity", ["tensor", "row"])
+ALL_GRANULARITIES = pytest.mark.parametrize("granularity", ["tensor", "row", "block"])
 ON_CPU = [PLAIN, CPU, CPU_BLAS]
 SHAPES = [(1, 1, 1), (3, 17, 5), (77, 100, 33), (20, 251, 130)]  # M, K, N; the last takes several blocks
 
@@ -46,7 +47,7 @@ def test_decoding_is_exact_on_every_finite_code(fmt: Fp8Format, dtype: torch.dty
 
 @pytest.mark.parametrize("backend", ON_CPU, ids=named)
 @FORMATS
-@GRANULARITIES
+@ALL_GRANULARITIES
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_float32_results_are_right_to_rounding(
     backend: Backend, fmt: Fp8Format, granularity: Granularity, shape: tuple[int, int, int]
@@ -60,7 +61,7 @@ def test_float32_results_are_right_to_rounding(
 
 @pytest.mark.parametrize("backend", [CPU, CPU_BLAS], ids=named)
 @FORMATS
-@GRANULARITIES
+@ALL_GRANULARITIES
 def test_the_weight_that_the_cpu_multiplies_by_is_the_definitions_bit_for_bit(
     backend: Backend, fmt: Fp8Format, granularity: Granularity
 ) -> None:

@@ -1,6 +1,7 @@
 """A loaded model's FP8 layers get their backends once, keep them, and tell."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from octavo.errors import RequestError
-from octavo.fp8 import E4M3FN, E5M2, Fp8Linear, LinearSpec, dequantize, paths, prepare
+from octavo.fp8 import BACKENDS, E4M3FN, E5M2, Fp8Linear, LinearSpec, choose_backend, dequantize, paths, prepare
 from octavo.fp8.backends import Backend
 from octavo.fp8.matmul import PLAIN, plain_matmul
 from octavo.fp8.needs import Capability, DivisibleBy, OnDevice, Problem
@@ -47,6 +48,24 @@ def test_on_a_cpu_the_cpu_path_is_on_and_gives_the_definitions_numbers() -> None
     assert PLAIN.name not in report.layers
     assert f"multiplied by {linear.choice.backend.name}" in repr(linear)
     torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+
+
+def test_scales_by_block_are_served_by_exact_paths_and_refused_by_the_others() -> None:
+    """A scale that changes along the sum cannot be applied to the product."""
+    model = nn.Sequential(nn.Linear(48, 64))
+    convert(model, {"0": LinearSpec(granularity="block", block=(24, 40))})
+    x = torch.randn(5, 48)
+    before = model(x)
+    report = prepare(model, CPU, torch.float32, mode="fast")
+    assert set(report.layers) <= {"cpu", "cpu-blas"}
+    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+    layer = model[0]
+    assert isinstance(layer, Fp8Linear)
+    on_gpu = replace(layer.problem(torch.bfloat16, "fast"), device="cuda", capability=(9, 0), N=64, K=64)
+    refused = [choose_backend(BACKENDS, p).reasons for p in (layer.problem(torch.float32, "fast"), on_gpu)]
+    reason = "takes scales by tensor or row, not by block"
+    assert all(refused[0][name] == reason for name in ("cpu-int8", "cpu-bf16"))
+    assert all(refused[1][name] == reason for name in ("torch", "triton-w8a8", "triton-w8a16", "torch-int8"))
 
 
 def test_reasons_are_counted_over_the_layers() -> None:

@@ -48,6 +48,28 @@ def test_the_error_is_at_most_half_a_step(fmt: Fp8Format, granularity: Granulari
 
 
 @BOTH
+@pytest.mark.parametrize("shape", [(64, 96), (5, 7), (33, 50), (1, 130)], ids=str)
+@pytest.mark.parametrize("block", [(16, 32), (128, 128), (1, 5)], ids=str)
+def test_by_block_the_error_is_at_most_half_a_step_of_its_own_scale(
+    fmt: Fp8Format, shape: tuple[int, int], block: tuple[int, int]
+) -> None:
+    """Each block, cut out and quantized alone by one scale, gives the same; those at the edges are smaller."""
+    rows, columns = torch.logspace(-3, 2, shape[0]), torch.logspace(2, -2, shape[1])
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * rows[:, None] * columns
+    scaled = quantize(x, fmt, "block", block=block)
+    back = dequantize(scaled)
+    assert scaled.scale.shape == (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
+    for i in range(scaled.scale.shape[0]):
+        for j in range(scaled.scale.shape[1]):
+            here = slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1])
+            alone = quantize(x[here], fmt, "tensor")
+            assert alone.scale == scaled.scale[i, j]
+            assert torch.equal(back[here], dequantize(alone))
+            half_step = torch.maximum(x[here].abs() * 2.0 ** -(fmt.mantissa_bits + 1), alone.scale * fmt.smallest / 2)
+            assert ((back[here] - x[here]).abs() <= half_step * (1 + 1e-6)).all()
+
+
+@BOTH
 def test_the_largest_value_keeps_its_place_and_nothing_overflows(fmt: Fp8Format) -> None:
     x = torch.tensor([[3.0, -7.0], [0.5, 0.25]])
     assert quantize(x, fmt).q.float().abs().max() == fmt.max
@@ -64,7 +86,7 @@ def test_a_given_scale_that_is_too_small_clamps(fmt: Fp8Format) -> None:
 @settings(deadline=None)  # a busy machine is no failure
 @given(values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=8))
 def test_whatever_is_finite_stays_finite(fmt: Fp8Format, values: list[float]) -> None:
-    for granularity in ("tensor", "row"):
+    for granularity in ("tensor", "row", "block"):
         scaled = quantize(torch.tensor([values]), fmt, granularity)  # type: ignore[arg-type]
         assert all_finite_codes(scaled.q)
         assert (scaled.scale > 0).all()

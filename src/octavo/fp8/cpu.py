@@ -26,7 +26,7 @@ def onednn_matmul(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: T
 
     Args:
         x: [M, K] float32, bfloat16 or float16.
-        weight: [N, K] FP8, finite.
+        weight: [N, K] FP8, finite, with scales of any kind.
         bias: [N] or None.
         input_scale: not needed, since x is not rounded.
 
@@ -80,11 +80,15 @@ def _blockwise(x: Tensor, weight: Scaled, bias: Tensor | None, linear: Linear) -
     (M, K), N = x.shape, weight.q.shape[0]
     out = torch.empty(M, N, dtype=torch.float32, device=x.device)
     # The unit is a power of two: multiplied by it, a scale is as exact as it was.
-    scale = (weight.scale * _unit(FORMATS[weight.q.dtype])).expand(N, 1)
+    scale = weight.scale * _unit(FORMATS[weight.q.dtype])
+    # By block, scales for each row and some columns; else one for each row and all columns.
+    columns = K if weight.block is None else weight.block[1]
+    scale = scale.expand(N, 1) if weight.block is None else scale.repeat_interleave(weight.block[0], 0)
     wide = x.float()
     for start, stop in _blocks(N, K, bytes_each=4):
         block = decode(weight.q[start:stop], _buffer("float32", stop - start, K, torch.float32))
-        block *= scale[start:stop]
+        for i, first in enumerate(range(0, K, columns)):
+            block[:, first : first + columns] *= scale[start:stop, i : i + 1]
         out[:, start:stop] = linear(wide, block)
     if bias is not None:
         out += bias

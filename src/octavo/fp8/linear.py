@@ -17,7 +17,7 @@ from octavo.fp8.backends import Backend, Choice
 from octavo.fp8.formats import E4M3FN, Fp8Format
 from octavo.fp8.matmul import PLAIN
 from octavo.fp8.needs import Mode, Problem
-from octavo.fp8.scale import Granularity, Scaled, dequantize
+from octavo.fp8.scale import BLOCK, Block, Granularity, Scaled, dequantize, scale_shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +26,7 @@ class LinearSpec:
 
     format: Fp8Format = E4M3FN
     granularity: Granularity = "tensor"  # of the weight's scale; a row is an output channel
+    block: Block = BLOCK  # rows and columns that share a scale, where granularity is "block"
     input_scale: bool = False  # whether a calibrated scale of the input comes with it
     full_precision: bool = False  # never multiply in FP8: the file asks for it
 
@@ -35,7 +36,7 @@ class Fp8Linear(nn.Module):
 
     Attributes:
         q: [out, in] FP8 weight; on the meta device once a twin has taken its place.
-        scale: [] or [out, 1] float32; the weight is q · scale.
+        scale: [] or [out, 1] or by block, float32; the weight is q · scale.
         input_scale: [] float32, for arithmetic that rounds the input to FP8 too, or None.
         bias: [out] in the compute dtype, or None.
         lora_down, lora_up: [r, in] and [out, r] in the compute dtype, or None.
@@ -64,9 +65,9 @@ class Fp8Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
-        scale_shape = (out_features, 1) if spec.granularity == "row" else ()
+        shape = scale_shape(out_features, in_features, spec.granularity, spec.block)
         self.register_buffer("q", torch.zeros(out_features, in_features, dtype=spec.format.dtype, device=device))
-        self.register_buffer("scale", torch.ones(scale_shape, dtype=torch.float32, device=device))
+        self.register_buffer("scale", torch.ones(shape, dtype=torch.float32, device=device))
         self.register_buffer(
             "input_scale", torch.ones((), dtype=torch.float32, device=device) if spec.input_scale else None
         )
@@ -86,10 +87,15 @@ class Fp8Linear(nn.Module):
         if torch.is_grad_enabled() and (rows.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             y = _Multiply.apply(rows, self._weight_to_differentiate(), self.bias, self.input_scale, backend)  # type: ignore[no-untyped-call]
         else:
-            y = backend.run(rows, self._twin or Scaled(self.q, self.scale), self.bias, self.input_scale)
+            y = backend.run(rows, self._twin or self.scaled, self.bias, self.input_scale)
         if self.lora_down is not None and self.lora_up is not None:
             y = y + F.linear(F.linear(rows, self.lora_down.to(x.dtype)), self.lora_up.to(x.dtype))
         return y.view(*x.shape[:-1], self.out_features)
+
+    @property
+    def scaled(self) -> Scaled:
+        """The weight."""
+        return Scaled(self.q, self.scale, self.spec.block if self.spec.granularity == "block" else None)
 
     def problem(self, dtype: torch.dtype, mode: Mode = "exact") -> Problem:
         """What a backend would have to do for inputs of `dtype`, where the layer is now."""
@@ -98,6 +104,7 @@ class Fp8Linear(nn.Module):
             K=self.in_features,
             format=self.spec.format,
             granularity=self.spec.granularity,
+            block=self.spec.block if self.spec.granularity == "block" else None,
             dtype=dtype,
             device="",
             full_precision=self.spec.full_precision,
@@ -117,7 +124,7 @@ class Fp8Linear(nn.Module):
                 return
             raise RequestError(_given_up(self.choice))
         if choice.backend.twin is not None:
-            self._twin = choice.backend.twin(Scaled(self.q, self.scale))
+            self._twin = choice.backend.twin(self.scaled)
             self.q = self.q.to("meta")
         self.choice = choice
 
@@ -137,15 +144,16 @@ class Fp8Linear(nn.Module):
 
     def extra_repr(self) -> str:
         path = "" if self.choice is None else f", multiplied by {self.choice.backend.name}"
+        size = " of {}×{}".format(*self.spec.block) if self.spec.granularity == "block" else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"{self.spec.format.name} by {self.spec.granularity}{path}"
+            f"{self.spec.format.name} by {self.spec.granularity}{size}{path}"
         )
 
     def _weight_to_differentiate(self) -> Scaled:
         if self._twin is not None:
             raise RequestError(_given_up(self.choice))
-        return Scaled(self.q, self.scale)
+        return self.scaled
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}

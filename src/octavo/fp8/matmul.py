@@ -19,6 +19,7 @@ from octavo.fp8.needs import (
     ComputeDtype,
     DivisibleBy,
     Formats,
+    Granularities,
     OnDevice,
     OnlyByName,
     Operator,
@@ -30,6 +31,7 @@ from octavo.fp8.scale import Scaled, dequantize, quantize_input
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
+ONE_SCALE_A_ROW = Granularities(("tensor", "row"))  # so that it can be applied to the product
 
 
 def plain_matmul(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Tensor | None) -> Tensor:  # noqa: ARG001
@@ -91,6 +93,7 @@ CPU_BF16 = Backend(
         OnDevice("cpu"),
         ComputeDtype(FLOATS),
         RoundsInput("bfloat16"),
+        ONE_SCALE_A_ROW,
         Supported("bfloat16 arithmetic (avx512_bf16)", torch.cpu._is_avx512_bf16_supported),
     ),
 )
@@ -103,6 +106,7 @@ CPU_INT8 = Backend(
         OnDevice("cpu"),
         ComputeDtype(FLOATS),
         RoundsInput("int8"),
+        ONE_SCALE_A_ROW,
         Operator("onednn.qlinear_pointwise"),
         # Without it, oneDNN adds products in pairs in 16 bits, where two large ones do not fit: wrong without a word.
         Supported("VNNI", torch.cpu._is_vnni_supported),
@@ -117,6 +121,7 @@ TORCH = Backend(
         Capability(8, 9),
         RoundsInput("e4m3fn"),
         Formats((E4M3FN,)),
+        ONE_SCALE_A_ROW,
         ComputeDtype((torch.bfloat16,)),
         DivisibleBy("K", 16),
         DivisibleBy("N", 16),
@@ -131,6 +136,7 @@ TRITON_W8A8 = Backend(
         Capability(8, 9),
         RoundsInput("e4m3fn"),
         Formats((E4M3FN,)),
+        ONE_SCALE_A_ROW,
         ComputeDtype(HALVES),
         Package("triton"),
     ),
@@ -139,7 +145,7 @@ TRITON_W8A16 = Backend(
     name="triton-w8a16",
     about="codes become 16 bits inside the product",
     run=triton_w8a16,
-    needs=(OnDevice("cuda"), Capability(7, 5), ComputeDtype(HALVES), Package("triton")),
+    needs=(OnDevice("cuda"), Capability(7, 5), ONE_SCALE_A_ROW, ComputeDtype(HALVES), Package("triton")),
 )
 TORCH_INT8 = Backend(
     name="torch-int8",
@@ -151,6 +157,7 @@ TORCH_INT8 = Backend(
         Capability(8, 0),
         ComputeDtype(FLOATS),
         RoundsInput("int8"),
+        ONE_SCALE_A_ROW,
         DivisibleBy("K", 8),
         DivisibleBy("N", 8),
     ),

@@ -11,7 +11,7 @@ from typing import Literal, Protocol, Self
 import torch
 
 from octavo.fp8.formats import Fp8Format
-from octavo.fp8.scale import Granularity
+from octavo.fp8.scale import Block, Granularity
 
 Mode = Literal["exact", "fast"]
 TYPICAL_ROWS = 1024  # tokens of a picture of 512×512, or of two with little text
@@ -25,6 +25,7 @@ class Problem:
     K: int  # input features
     format: Fp8Format  # of the weight
     granularity: Granularity  # of its scale
+    block: Block | None = None  # rows and columns that share a scale, where that is a block
     dtype: torch.dtype  # of x
     device: str  # its type: cpu, cuda, mps
     capability: tuple[int, int] | None = None  # CUDA's, where the device has one

@@ -22,7 +22,7 @@ from octavo._version import __version__
 from octavo.devices import device_name
 from octavo.fp8.backends import Backend, UnusableError
 from octavo.fp8.needs import Problem, dtype_name
-from octavo.fp8.scale import Scaled
+from octavo.fp8.scale import BLOCK, Scaled, scale_shape
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +106,8 @@ def _seconds(backend: Backend, problem: Problem, device: torch.device) -> float:
         device=device,
         generator=generator,
     )
-    scale = torch.ones((problem.N, 1) if problem.granularity == "row" else (), device=device)
-    weight = Scaled(codes.view(problem.format.dtype), scale)
+    scale = torch.ones(scale_shape(problem.N, problem.K, problem.granularity, problem.block or BLOCK), device=device)
+    weight = Scaled(codes.view(problem.format.dtype), scale, problem.block)
     if backend.twin is not None:
         weight = backend.twin(weight)
     x = torch.randn(problem.rows, problem.K, device=device, generator=generator).to(problem.dtype)
@@ -145,7 +145,8 @@ def _machine(problem: Problem) -> str:
 
 
 def _shape(problem: Problem) -> str:
-    weight = f"{problem.format.name} by {problem.granularity}"
+    block = "" if problem.block is None else " of {}x{}".format(*problem.block)
+    weight = f"{problem.format.name} by {problem.granularity}{block}"
     return f"{problem.rows}x{problem.K} to {problem.N}, {dtype_name(problem.dtype)}, {weight}"
 
 

@@ -68,7 +68,7 @@ def _empty(linear: nn.Linear, spec: LinearSpec) -> Fp8Linear:
 def _in_fp8(linear: nn.Linear, spec: LinearSpec) -> Fp8Linear:
     new = _empty(linear, spec)
     if not linear.weight.is_meta:
-        scaled = quantize(linear.weight.detach(), spec.format, spec.granularity)
+        scaled = quantize(linear.weight.detach(), spec.format, spec.granularity, block=spec.block)
         new.q, new.scale = scaled.q, scaled.scale
         if linear.bias is not None:
             assert new.bias is not None
