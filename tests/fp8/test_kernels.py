@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from octavo.fp8 import E4M3FN, E5M2, Fp8Format, Granularity, dequantize, quantize
+from octavo.fp8.int8 import dequantize_int8, int8_twin, quantize_int8
 from octavo.fp8.matmul import plain_w8a8
 from tests.fp8.weights import weight
 
@@ -45,6 +46,45 @@ def test_a_given_scale_rounds_all_rows_alike() -> None:
     rounded = quantize_rows(x, scale)
     assert torch.equal(rounded.q.float(), quantize(x, scale=scale).q.float())
     assert rounded.scale.tolist() == [[0.25]] * 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_are_rounded_to_int8_as_the_definition_says(dtype: torch.dtype) -> None:
+    from octavo.fp8.kernels.quantize import INT8, quantize_rows
+
+    x = torch.randn(5, 1500) * torch.logspace(-6, 4, 5)[:, None]
+    x[2] = 0
+    x[3, 0] = 127
+    x[3, 1:] = (torch.arange(1499) % 254 - 126.5).clamp(-127, 127)  # ties
+    x = x.to(DEVICE, dtype)
+    rounded, expected = quantize_rows(x, fmt=INT8), quantize_int8(x)
+    assert torch.allclose(rounded.scale, expected.scale, rtol=2e-7, atol=0)
+    assert torch.equal(rounded.q[2:4], expected.q[2:4])
+    assert (rounded.q != expected.q).float().mean() < 1e-3  # where a division ends one unit beside torch's
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_int8_by_int8_equals_the_definition_on_the_rounded_input(
+    bias: bool, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> None:
+    """Sums of products are whole numbers below 2²⁴ here, so only the scales, the bias and the result round."""
+    from octavo.fp8.kernels.matmul import int8
+    from octavo.fp8.kernels.quantize import INT8, quantize_rows
+
+    M, K, N = shape
+    assert K * 127 * 127 < 2**24
+    x = (torch.randn(M, K) * torch.logspace(-2, 2, M)[:, None]).to(DEVICE, dtype)
+    scaled = weight(N, K, granularity="row")
+    twin = int8_twin(type(scaled)(scaled.q.to(DEVICE), scaled.scale.to(DEVICE)))
+    b = torch.linspace(-1, 1, N, device=DEVICE) if bias else None
+    rounded, w = dequantize_int8(quantize_rows(x, fmt=INT8)).double(), dequantize_int8(twin).double()
+    expected = F.linear(rounded, w, None if b is None else b.double())
+    size = F.linear(rounded.abs(), w.abs(), None if b is None else b.abs().double())
+    y = int8(x, twin, b)
+    assert y.dtype == dtype
+    assert ((y.double() - expected).abs() <= size * (6 * 2**-24 + (2**-11 if dtype == torch.float16 else 0))).all()
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row"])

@@ -66,6 +66,13 @@ def triton_w8a16(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Te
     return w8a16(x, weight, bias)
 
 
+def triton_int8(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Tensor | None) -> Tensor:  # noqa: ARG001
+    """`kernels.matmul.int8`; `input_scale` was calibrated for FP8, and a row's own scale is finer."""
+    from octavo.fp8.kernels.matmul import int8 as multiply
+
+    return multiply(x, weight, bias)
+
+
 PLAIN = Backend(name="plain", about="the definition: dequantize, then F.linear", run=plain_matmul)
 PLAIN_W8A8 = Backend(
     name="plain-w8a8",
@@ -162,8 +169,22 @@ TORCH_INT8 = Backend(
         DivisibleBy("N", 8),
     ),
 )
+TRITON_INT8 = Backend(
+    name="triton-int8",
+    about="the same, scales and bias in the epilogue",
+    run=triton_int8,
+    twin=int8.int8_twin,
+    needs=(
+        OnDevice("cuda"),
+        Capability(8, 0),
+        ComputeDtype(FLOATS),
+        RoundsInput("int8"),
+        ONE_SCALE_A_ROW,
+        Package("triton"),
+    ),
+)
 
 # Those behind `plain` are taken only where they are measured to be faster than all before them.
 BACKENDS: Sequence[Backend] = (
-    CPU_INT8, CPU_BF16, CPU, CPU_BLAS, TORCH, PLAIN, TRITON_W8A8, TRITON_W8A16, TORCH_INT8, PLAIN_W8A8,
+    CPU_INT8, CPU_BF16, CPU, CPU_BLAS, TORCH, PLAIN, TRITON_W8A8, TRITON_W8A16, TORCH_INT8, TRITON_INT8, PLAIN_W8A8,
 )  # fmt: skip

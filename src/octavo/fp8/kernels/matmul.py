@@ -1,8 +1,9 @@
-"""Products with an FP8 weight, scales and bias applied before the result leaves the registers.
+"""Products with an 8-bit weight, scales and bias applied before the result leaves the registers.
 
 `w8a8` multiplies FP8 by FP8. Plain definition: `octavo.fp8.matmul.plain_w8a8`.
 `w8a16` turns codes into 16-bit numbers tile by tile inside the product, for GPUs without FP8 arithmetic, whose memory
 traffic and capacity profit all the same. Plain definition: `octavo.fp8.matmul.plain_matmul`.
+`int8` multiplies INT8 by INT8, for Ampere's units. Plain definition: `octavo.fp8.int8.int_mm_matmul`.
 
 M rows of x, N outputs, K inputs; a tile is BLOCK_M × BLOCK_N of the result.
 """
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.fp8.formats import E4M3FN
-from octavo.fp8.kernels.quantize import quantize_rows
+from octavo.fp8.kernels.quantize import INT8, quantize_rows
 from octavo.fp8.scale import Scaled
 
 GROUP = 8  # tiles down M that share their part of the weight in the L2 cache
@@ -24,8 +25,8 @@ STAGES = 3  # loads in flight
 def _multiply(  # type: ignore[no-untyped-def]
     x, x_scale, w, w_scale, bias, y,
     M, N, K, x_stride,
-    DECODE: tl.constexpr, E4M3: tl.constexpr, SCALED_ROWS: tl.constexpr, SCALED_OUTPUTS: tl.constexpr,
-    BIAS: tl.constexpr,
+    DECODE: tl.constexpr, E4M3: tl.constexpr, INTEGER: tl.constexpr,
+    SCALED_ROWS: tl.constexpr, SCALED_OUTPUTS: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     tile, tiles_m, tiles_n = tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -37,7 +38,7 @@ def _multiply(  # type: ignore[no-untyped-def]
     n = (within // height) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
 
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.int32 if INTEGER else tl.float32)
     for start in range(0, K, BLOCK_K):
         in_k = start + k < K
         left = tl.load(x + m[:, None] * x_stride + (start + k)[None, :], mask=(m < M)[:, None] & in_k[None, :], other=0)
@@ -47,10 +48,11 @@ def _multiply(  # type: ignore[no-untyped-def]
             code = right.to(tl.int16)
             code = ((code & 0x80) << 8) | ((code & 0x7F) << 7) if E4M3 else code << 8
             right = code.to(tl.float16, bitcast=True).to(left.dtype)
-        else:
+        elif not INTEGER:
             left, right = left.to(tl.float8e4nv, bitcast=True), right.to(tl.float8e4nv, bitcast=True)
-        total = tl.dot(left, right, total)
+        total = tl.dot(left, right, total, out_dtype=total.dtype)
 
+    total = total.to(tl.float32)
     if SCALED_ROWS:
         total *= tl.load(x_scale + m, mask=m < M, other=0.0)[:, None]
     if SCALED_OUTPUTS:
@@ -78,6 +80,12 @@ def w8a16(x: Tensor, weight: Scaled, bias: Tensor | None) -> Tensor:
     return _launch(x, None, weight.q.view(torch.uint8), weight.scale, bias, x.dtype, decode=weight.q.dtype)
 
 
+def int8(x: Tensor, twin: Scaled, bias: Tensor | None) -> Tensor:
+    """x [M, K] of any floating dtype, rounded row by row to INT8; twin [N, K] INT8 by row; bias [N] → [M, N]."""
+    rounded = quantize_rows(x, fmt=INT8)
+    return _launch(rounded.q, rounded.scale, twin.q, twin.scale, bias, x.dtype, decode=None)
+
+
 def _launch(
     x: Tensor,
     x_scale: Tensor | None,
@@ -96,7 +104,8 @@ def _launch(
         _multiply[(tiles,)](
             x, w_scale if x_scale is None else x_scale, w, w_scale, w_scale if bias is None else bias, y,
             M, N, K, x.stride(0),
-            DECODE=decode is not None, E4M3=decode is E4M3FN.dtype, SCALED_ROWS=x_scale is not None,
+            DECODE=decode is not None, E4M3=decode is E4M3FN.dtype, INTEGER=w.dtype == torch.int8,
+            SCALED_ROWS=x_scale is not None,
             SCALED_OUTPUTS=w_scale.ndim == 2, BIAS=bias is not None,
             BLOCK_M=block_m, BLOCK_N=128, BLOCK_K=64, GROUP=GROUP, num_warps=8, num_stages=STAGES,
         )  # fmt: skip

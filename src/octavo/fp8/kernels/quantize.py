@@ -1,4 +1,9 @@
-"""Rows into FP8 in one pass over memory. Plain definition: `octavo.fp8.scale.quantize_input`."""
+"""Rows into 8 bits in one pass over memory.
+
+Plain definitions: `octavo.fp8.scale.quantize_input` for e4m3fn, `octavo.fp8.int8.quantize_int8` for INT8.
+"""
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -9,6 +14,18 @@ from octavo.fp8.formats import E4M3FN
 from octavo.fp8.scale import Scaled
 
 BLOCK = 1024  # columns at once
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """What rows are rounded to."""
+
+    dtype: torch.dtype
+    max: float
+
+
+E4M3 = Rounding(E4M3FN.dtype, E4M3FN.max)
+INT8 = Rounding(torch.int8, 127.0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -25,8 +42,24 @@ def _e4m3fn_code(x, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _int8_code(x, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32 → the nearest whole number, ties to even: so a number is rounded when added to 1.5 · 2²³."""
+    x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
+    return ((x + 12582912.0) - 12582912.0).to(tl.int8)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _quantize_rows(  # type: ignore[no-untyped-def]
-    x, q, scale, given, columns, stride, GIVEN: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    q,
+    scale,
+    given,
+    columns,
+    stride,
+    GIVEN: tl.constexpr,
+    INTEGER: tl.constexpr,
+    LARGEST: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
@@ -45,18 +78,20 @@ def _quantize_rows(  # type: ignore[no-untyped-def]
     for start in range(0, columns, BLOCK):
         inside = start + offsets < columns
         part = tl.load(x + row * stride + start + offsets, mask=inside, other=0.0).to(tl.float32) / row_scale
-        tl.store(q + row * columns + start + offsets, _e4m3fn_code(part, LARGEST), mask=inside)
+        code = _int8_code(part, LARGEST) if INTEGER else _e4m3fn_code(part, LARGEST)
+        tl.store(q + row * columns + start + offsets, code, mask=inside)
 
 
-def quantize_rows(x: Tensor, scale: Tensor | None = None) -> Scaled:
-    """x [M, K] → e4m3fn [M, K] and scales [M, 1] float32: `scale`, shape [], where given, else each row's own."""
+def quantize_rows(x: Tensor, scale: Tensor | None = None, fmt: Rounding = E4M3) -> Scaled:
+    """x [M, K] → 8-bit [M, K] and scales [M, 1] float32: `scale`, shape [], where given, else each row's own."""
     rows, columns = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
-    q = torch.empty(rows, columns, dtype=E4M3FN.dtype, device=x.device)
+    q = torch.empty(rows, columns, dtype=fmt.dtype, device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    codes = q if fmt is INT8 else q.view(torch.uint8)
     if rows:
         _quantize_rows[(rows,)](
-            x, q.view(torch.uint8), scales, scales if scale is None else scale, columns, x.stride(0),
-            GIVEN=scale is not None, LARGEST=E4M3FN.max, BLOCK=BLOCK,
+            x, codes, scales, scales if scale is None else scale, columns, x.stride(0),
+            GIVEN=scale is not None, INTEGER=fmt is INT8, LARGEST=fmt.max, BLOCK=BLOCK,
         )  # fmt: skip
     return Scaled(q, scales)
