@@ -81,6 +81,18 @@ def test_applied_layers_carry_all_that_their_rule_made(layer: nn.Linear) -> None
     assert torch.equal(new.bias, layer.bias)
 
 
+def test_scales_by_block_reach_the_layer(layer: nn.Linear) -> None:
+    x = correlated(500, 64)
+    rule = LayerRule(granularity="block", block=(32, 40), scale="mse", rounding="gptq", input="exact")
+    quantized = quantize_layer("layer", layer.weight.detach(), layer.bias.detach(), rule, statistics_of(layer, x))
+    assert quantized.weight.scale.shape == (2, 2)
+    assert torch.allclose(output(layer, quantized, x), F.linear(x, dequantize(quantized.weight), layer.bias), atol=1e-4)
+    plain = LayerRule(granularity="block", block=(32, 40), input="exact")
+    nearest = quantize_layer("layer", layer.weight.detach(), layer.bias.detach(), plain, None)
+    exact = layer(x)
+    assert (output(layer, quantized, x) - exact).norm() < 0.5 * (output(layer, nearest, x) - exact).norm()
+
+
 def test_weights_that_are_no_numbers_and_layers_never_met_are_refused_by_name(layer: nn.Linear) -> None:
     broken = layer.weight.detach().clone()
     broken[3, 3] = torch.nan

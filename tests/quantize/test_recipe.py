@@ -45,6 +45,12 @@ def test_layers_kept_by_a_budget_come_on_top_of_the_rules() -> None:
     assert load_recipe("row").with_kept([]) == load_recipe("row")
 
 
+def test_block_sizes_survive_the_file() -> None:
+    recipe = read_recipe("[default]\ngranularity = 'block'\nblock = [64, 32]", "here")
+    assert recipe.default == LayerRule(granularity="block", block=(64, 32))
+    assert read_recipe(recipe.to_toml(), "here") == recipe
+
+
 @pytest.mark.parametrize(
     ("name", "calibrated"), [("cast", False), ("row", False), ("tensor", True), ("comfy", True), ("best", True)]
 )
@@ -62,6 +68,8 @@ def test_only_recipes_that_look_at_inputs_need_calibration(name: str, calibrated
         ("[default]\nlow_rank = true", "a whole number"),
         ("[default]\nlow_rank = -1", "negative"),
         ("[default]\ndamping = 'much'", "a number"),
+        ("[default]\nblock = [128]", "two sizes"),
+        ("[default]\nblock = [128, 0]", "two sizes"),
         ("[[rules]]\nkeep = true", "needs layers"),
         ("[[rules]]\nlayers = []", "needs layers"),
         ("[[rules]]\nlayers = [3]", "needs layers"),

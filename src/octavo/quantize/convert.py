@@ -11,7 +11,7 @@ from torch import nn
 
 from octavo.fp8.formats import FORMATS
 from octavo.fp8.linear import Fp8Linear, LinearSpec
-from octavo.fp8.scale import quantize
+from octavo.fp8.scale import BLOCK, quantize
 from octavo.quantize.layer import QuantizedLayer
 
 
@@ -31,9 +31,11 @@ def apply(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> None:
     """Put quantized layers into a loaded `model`, in place; `fp8.prepare` has to be called afterwards."""
     for name, layer in layers.items():
         linear = _linear(model, name)
+        block = layer.weight.block
         spec = LinearSpec(
             format=FORMATS[layer.weight.q.dtype],
-            granularity="row" if layer.weight.scale.ndim else "tensor",
+            granularity="block" if block else "row" if layer.weight.scale.ndim else "tensor",
+            block=block or BLOCK,
             input_scale=layer.input_scale is not None,
             full_precision=layer.full_precision,
         )

@@ -11,7 +11,7 @@ from octavo.fp8.scale import Scaled
 class QuantizedLayer:
     """What replaces a linear layer's weight and bias."""
 
-    weight: Scaled  # q [N, K], scale [] or [N, 1]
+    weight: Scaled  # q [N, K], scale [], [N, 1] or by block
     bias: Tensor | None  # [N], 16 bits as in the source, corrected where the recipe says so
     input_scale: Tensor | None  # [] float32, calibrated
     full_precision: bool  # never round the input

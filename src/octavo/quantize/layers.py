@@ -46,13 +46,14 @@ def quantize_layer(
             rest - branch[1].float() @ branch[0].float()
         )  # of the rounded factors, so that their error is rounded too
 
-    scale = weight_scale(rest, rule.scale, rule.granularity, rule.fp8_format, square)
+    block = rule.block if rule.granularity == "block" else None
+    scale = weight_scale(rest, rule.scale, rule.granularity, rule.fp8_format, square, rule.block)
     if rule.rounding == "gptq":
         assert statistics is not None
         assert statistics.covariance is not None
-        scaled = gptq(rest, statistics.covariance.to(rest.device), scale, rule.fp8_format, rule.damping)
+        scaled = gptq(rest, statistics.covariance.to(rest.device), scale, rule.fp8_format, rule.damping, block)
     else:
-        scaled = quantize(rest, rule.fp8_format, rule.granularity, scale)
+        scaled = quantize(rest, rule.fp8_format, rule.granularity, scale, rule.block)
 
     static = None
     if rule.input == "static":

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 from octavo.errors import RecipeError, did_you_mean
 from octavo.fp8.formats import E4M3FN, E5M2, Fp8Format
+from octavo.fp8.scale import BLOCK, Block, Granularity
 
 FORMATS: Mapping[str, Fp8Format] = {fmt.name: fmt for fmt in (E4M3FN, E5M2)}
 
@@ -31,7 +32,8 @@ class LayerRule:
 
     keep: bool = False  # stays in 16 bits, whatever else is said
     format: str = "e4m3fn"  # of the weight; or e5m2
-    granularity: Literal["tensor", "row"] = "row"  # what shares a scale of the weight
+    granularity: Granularity = "row"  # what shares a scale of the weight: tensor, row, block
+    block: Block = BLOCK  # rows and columns that do, where it is a block
     scale: ScaleChoice = "amax"  # of the weight: 1, the largest value's, or the one of least error
     rounding: Rounding = "nearest"  # of the weight; "gptq" lets later columns make up for earlier ones
     damping: float = 0.05  # of GPTQ, relative to the inputs' mean squares
@@ -183,7 +185,8 @@ def _changes(said: object, where: str) -> dict[str, Any]:
     kinds: dict[str, Any] = {
         "keep": bool,
         "format": tuple(FORMATS),
-        "granularity": ("tensor", "row"),
+        "granularity": get_args(Granularity),
+        "block": list,
         "scale": get_args(ScaleChoice),
         "rounding": get_args(Rounding),
         "damping": float,
@@ -199,6 +202,10 @@ def _changes(said: object, where: str) -> dict[str, Any]:
             if value not in kind:
                 raise RecipeError(f"{where}: {name} = {value!r}; it is one of {', '.join(kind)}.")
             changes[name] = value
+        elif kind is list:
+            if not (isinstance(value, list) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)):
+                raise RecipeError(f"{where}: {name} = {value!r}; write two sizes from 1 up, such as [128, 128].")
+            changes[name] = tuple(value)
         elif kind is bool:
             changes[name] = _of_type(value, bool, name, where)
         else:
@@ -229,7 +236,7 @@ def _refuse_unknown(said: Mapping[str, Any], known: tuple[str, ...], where: str)
 def _toml(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")

@@ -1,11 +1,12 @@
 """Which scale? For weights the largest value's or the one of least error, for inputs one for the whole schedule."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.errors import NumericsError
 from octavo.fp8.formats import E4M3FN, Fp8Format
-from octavo.fp8.scale import Granularity, amax, dequantize, quantize, scale_from_amax
+from octavo.fp8.scale import BLOCK, Block, Granularity, amax, dequantize, quantize, scale_from_amax, scale_shape
 from octavo.quantize.observe import BINS, BINS_PER_OCTAVE, LOWEST, InputStatistics
 from octavo.quantize.recipe import InputScaleChoice, ScaleChoice
 
@@ -14,22 +15,28 @@ PERCENTILE = 0.9999  # of magnitudes that stay in range, where that is the rule
 
 
 def weight_scale(
-    weight: Tensor, choice: ScaleChoice, granularity: Granularity, fmt: Fp8Format, importance: Tensor | None = None
+    weight: Tensor,
+    choice: ScaleChoice,
+    granularity: Granularity,
+    fmt: Fp8Format,
+    importance: Tensor | None = None,
+    block: Block = BLOCK,
 ) -> Tensor:
-    """The scale of `weight` [N, K], [] or [N, 1] float32.
+    """The scale of `weight` [N, K]: [], [N, 1] or by block, float32.
 
     Args:
         weight: finite, any floating dtype.
         choice: "one", "amax", or "mse": of `CANDIDATES` scales from amax's to twice that, the one of least squared
             rounding error. A float's error depends on where values lie between powers of two, and larger scales clip
             nothing; the formats have range to spare.
-        granularity: one for all, or one for each row.
+        granularity: one for all, one for each row, or one for each block.
         fmt: the format to round to.
         importance: [K], weighs the columns' errors; the mean square of the inputs.
+        block: rows and columns of a block.
     """
     if choice == "one":
-        return torch.ones((len(weight), 1) if granularity == "row" else (), device=weight.device)
-    smallest = scale_from_amax(amax(weight, granularity), fmt)
+        return torch.ones(scale_shape(*weight.shape, granularity, block), device=weight.device)
+    smallest = scale_from_amax(amax(weight, granularity, block), fmt)
     if choice == "amax":
         return smallest
     values = weight.float()
@@ -37,10 +44,21 @@ def weight_scale(
     best, least = smallest, torch.full_like(smallest, torch.inf)
     for step in range(CANDIDATES):
         scale = smallest * 2 ** (step / CANDIDATES)
-        error = ((values - dequantize(quantize(values, fmt, scale=scale))) ** 2 @ by_column)[:, None]
-        error = error.sum() if granularity == "tensor" else error
+        rounded = dequantize(quantize(values, fmt, granularity, scale, block))
+        error = _sum((values - rounded) ** 2 * by_column, granularity, block)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return best
+
+
+def _sum(errors: Tensor, granularity: Granularity, block: Block) -> Tensor:
+    """Over all that shares a scale."""
+    if granularity == "tensor":
+        return errors.sum()
+    if granularity == "row":
+        return errors.sum(1, keepdim=True)
+    (rows, columns), (n, k) = errors.shape, block
+    down, across = scale_shape(rows, columns, "block", block)
+    return F.pad(errors, (0, across * k - columns, 0, down * n - rows)).view(down, n, across, k).sum((1, 3))
 
 
 def input_scale(statistics: InputStatistics, choice: InputScaleChoice, fmt: Fp8Format = E4M3FN) -> Tensor:
