@@ -35,7 +35,8 @@ def weight_scale(
         block: rows and columns of a block.
     """
     if choice == "one":
-        return torch.ones(scale_shape(*weight.shape, granularity, block), device=weight.device)
+        rows, columns = weight.shape
+        return torch.ones(scale_shape(rows, columns, granularity, block), device=weight.device)
     smallest = scale_from_amax(amax(weight, granularity, block), fmt)
     if choice == "amax":
         return smallest
