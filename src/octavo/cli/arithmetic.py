@@ -45,6 +45,14 @@ Measure = Annotated[
         rich_help_panel=OURS,
     ),
 ]
+RetryBf16 = Annotated[
+    bool,
+    typer.Option(
+        "--retry-bf16",
+        help="Let an FP8 layer that gives NaN or infinity go on in bfloat16 rather than end the run.",
+        rich_help_panel=OURS,
+    ),
+]
 UnetE4m3fn = Annotated[
     bool, typer.Option("--fp8_e4m3fn-unet", help="Same as --force-fp8.", rich_help_panel=COMFYUI, show_default=False)
 ]
@@ -84,6 +92,7 @@ def settings(
     force_fp8_text_encoders: bool,
     backend: str | None,
     measure: bool | None,
+    retry_bf16: bool,
     unet_e4m3fn: bool,
     unet_e5m2: bool,
     text_enc_e4m3fn: bool,
@@ -98,6 +107,7 @@ def settings(
         "supports_fp8_compute": supports_fp8_compute,
         "backend": backend,
         "measure": measure,
+        "retry_bf16": retry_bf16,
     }
 
 

@@ -128,6 +128,11 @@ class Fp8Linear(nn.Module):
             self.q = self.q.to("meta")
         self.choice = choice
 
+    @property
+    def given_up(self) -> bool:
+        """Whether another form has taken the place of the FP8 weight for good."""
+        return self._twin is not None
+
     def set_low_rank(self, down: Tensor | None, up: Tensor | None) -> None:
         """Add x · downᵀ · upᵀ to the output; a LoRA's strength is part of `up`, and several lie side by side in r.
 

@@ -39,6 +39,12 @@ def plain_matmul(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Te
     return F.linear(x, dequantize(weight, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
+def plain_wide(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Tensor | None) -> Tensor:  # noqa: ARG001
+    """`plain_matmul` where nothing overflows: in bfloat16, if that is x's dtype, else in float32."""
+    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    return plain_matmul(x.to(dtype), weight, bias, None).to(x.dtype)
+
+
 def plain_w8a8(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Tensor | None) -> Tensor:
     """The definition of FP8 by FP8: x [M, K] rounded to e4m3fn, times weight [N, K]ᵀ, plus bias, all in float32.
 
@@ -74,6 +80,12 @@ def triton_int8(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Ten
 
 
 PLAIN = Backend(name="plain", about="the definition: dequantize, then F.linear", run=plain_matmul)
+PLAIN_WIDE = Backend(
+    name="plain-wide",
+    about="the definition in bfloat16 or float32, for layers that overflow",
+    run=plain_wide,
+    needs=(OnlyByName(),),
+)
 PLAIN_W8A8 = Backend(
     name="plain-w8a8",
     about="the definition of FP8 by FP8: what GPUs compute, on any machine",
@@ -186,5 +198,6 @@ TRITON_INT8 = Backend(
 
 # Those behind `plain` are taken only where they are measured to be faster than all before them.
 BACKENDS: Sequence[Backend] = (
-    CPU_INT8, CPU_BF16, CPU, CPU_BLAS, TORCH, PLAIN, TRITON_W8A8, TRITON_W8A16, TORCH_INT8, TRITON_INT8, PLAIN_W8A8,
+    CPU_INT8, CPU_BF16, CPU, CPU_BLAS, TORCH, PLAIN, TRITON_W8A8, TRITON_W8A16, TORCH_INT8, TRITON_INT8,
+    PLAIN_W8A8, PLAIN_WIDE,
 )  # fmt: skip

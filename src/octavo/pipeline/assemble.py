@@ -51,6 +51,7 @@ def load(
     supports_fp8_compute: bool = False,
     backend: str | None = None,
     measure: bool | None = None,
+    retry_bf16: bool = False,
 ) -> Components:
     """Find a model and all that belongs to it. Headers are read now, weights when they are needed.
 
@@ -71,6 +72,8 @@ def load(
             and of its encoders that can use it; what suits each layer when not given.
         measure: choose how to multiply by measured times, which are kept on disk, rather than by a known order; when
             not given, on CUDA devices only.
+        retry_bf16: where an FP8 layer of the model gives NaN or infinity, warn, let it multiply in bfloat16 or float32
+            from then on, and repeat the step; else such a number is an error.
 
     Raises:
         ModelNotFoundError: a file is not there; says what to download and where to put it.
@@ -142,6 +145,7 @@ def load(
         embedded=embedded,
         warnings=warnings,
         tiled_vae=tiled_vae,
+        retry_bf16=retry_bf16,
     )
 
 

@@ -150,6 +150,7 @@ class Components:
         preset: settings that suit the model.
         embedded: whether it is the small model of the package.
         warnings: what the user should know before drawing with it.
+        retry_bf16: whether an FP8 layer that gives NaN or infinity goes on in bfloat16 rather than ending the run.
     """
 
     def __init__(
@@ -164,10 +165,11 @@ class Components:
         embedded: bool = False,
         warnings: Sequence[str] = (),
         tiled_vae: bool | None = None,
+        retry_bf16: bool = False,
     ) -> None:
         self.name, self.preset, self.embedded, self.warnings = name, preset, embedded, tuple(warnings)
         self.mmdit, self.vae, self.encoders, self.text = mmdit, vae, tuple(encoders), text
-        self._tiled_vae = tiled_vae
+        self._tiled_vae, self.retry_bf16 = tiled_vae, retry_bf16
 
     @property
     def device(self) -> torch.device:

@@ -5,17 +5,23 @@ whole run in one call. `denoise` answers the questions of any number of tracks a
 call (same latent size, same number of text tokens, same blocks) do. A single picture is the case of one track.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from octavo.errors import NumericsError
+from octavo.fp8 import Choice, Fp8Linear, all_finite, watch
+from octavo.fp8.matmul import PLAIN_WIDE
 from octavo.models import MMDiT, Modulation
 from octavo.pipeline.encode import Conditioning
 from octavo.sampling import Guidance, Guided, Predictions
 from octavo.sampling.flow import denoised_from_velocity, timestep
 from octavo.sampling.guidance import Pass
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +99,56 @@ def denoise(mmdit: MMDiT, questions: Sequence[Question]) -> list[Guided]:
         question.track.guidance.combine(question.x, question.sigma, Predictions(**estimate), question.track.shift)
         for question, estimate in zip(questions, estimates, strict=True)
     ]
+
+
+def denoise_finite(mmdit: MMDiT, question: Question, *, evaluation: int, retry_bf16: bool = False) -> Guided:
+    """Answer one question by finite numbers.
+
+    Args:
+        mmdit: as `denoise`.
+        question: of one track, whose tables are made anew where something goes wrong.
+        evaluation: its number, for messages.
+        retry_bf16: let an FP8 layer that gives NaN or infinity multiply in bfloat16 (or float32) from then on, with a
+            warning, and try again.
+
+    Raises:
+        NumericsError: the answer is not finite; names the layer.
+    """
+    (guided,) = denoise(mmdit, [question])
+    while not all_finite(guided.denoised):
+        question.track.tables.clear()  # so that the modulation is watched too
+        with watch(mmdit) as culprit:
+            denoise(mmdit, [question])
+        layer = culprit.layer
+        if not (retry_bf16 and isinstance(layer, Fp8Linear) and _widen(layer)):
+            tried = " Retrying it in bfloat16 did not help." if _is_wide(layer) else ""
+            raise NumericsError(
+                f"The model gave NaN or infinity in evaluation {evaluation}. {culprit}{tried} "
+                + _advice(layer, retry_bf16)
+            )
+        logger.warning("%s It multiplies in bfloat16 or float32 from here on.", culprit)
+        (guided,) = denoise(mmdit, [question])
+    return guided
+
+
+def _widen(layer: Fp8Linear) -> bool:
+    """Change the layer's path to one that overflows last; whether that was possible."""
+    if layer.given_up or _is_wide(layer):
+        return False
+    layer.use(Choice(PLAIN_WIDE, {}))
+    return True
+
+
+def _is_wide(layer: nn.Module | None) -> bool:
+    return isinstance(layer, Fp8Linear) and layer.choice is not None and layer.choice.backend is PLAIN_WIDE
+
+
+def _advice(layer: nn.Module | None, retry_bf16: bool) -> str:
+    if isinstance(layer, Fp8Linear) and retry_bf16 and layer.given_up:
+        return "It has given up its FP8 weights for --fast, so that it cannot be retried: leave --fast out."
+    if isinstance(layer, Fp8Linear) and not retry_bf16:
+        return "Try --retry-bf16, --dtype float32 or another file of the model."
+    return "Try --dtype float32 or another file of the model."
 
 
 def _evaluate(mmdit: MMDiT, questions: Sequence[Question], members: Sequence[tuple[int, Pass]]) -> list[Tensor]:

@@ -15,10 +15,9 @@ from torch import Tensor
 from octavo.devices import whole_processor
 from octavo.errors import NumericsError
 from octavo.fp8 import all_finite
-from octavo.fp8 import watch as watch_layers
 from octavo.pipeline.components import Components
 from octavo.pipeline.decode import OVERLAP, TILE, decode, to_uint8
-from octavo.pipeline.denoise import Question, Track, denoise, make_tables
+from octavo.pipeline.denoise import Question, Track, denoise_finite, make_tables
 from octavo.pipeline.encode import encode
 from octavo.pipeline.image import Picture, open_image
 from octavo.pipeline.latents import latent_shape, latents_of
@@ -121,15 +120,8 @@ def draw(components: Components, job: Job, track: Track, watch: Watcher, index: 
     def answer(x: Tensor, sigma: float) -> Tensor | Guided:
         nonlocal done
         question = Question(x, sigma, track, sampler.needs_uncond)
-        (guided,) = denoise(mmdit, [question])
         done += 1
-        if not all_finite(guided.denoised):
-            with watch_layers(mmdit) as culprit:
-                denoise(mmdit, [question])
-            raise NumericsError(
-                f"The model gave NaN or infinity in evaluation {done}. {culprit} "
-                "Try --dtype float32 or another file of the model."
-            )
+        guided = denoise_finite(mmdit, question, evaluation=done, retry_bf16=components.retry_bf16)
         watch(Progress("denoise", index, pictures, done, len(calls), guided.denoised))
         return guided if sampler.needs_uncond else guided.denoised
 
