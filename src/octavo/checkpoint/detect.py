@@ -2,7 +2,7 @@
 
 Shapes say nearly everything. What they cannot say (heads and activation of a CLIP, groups of a VAE's norms, T5's
 longest distance) follows from what released models do, unless a `config.json` beside the file, as in diffusers folders,
-or the header's `octavo.config` says otherwise.
+or the header's `octavo.config` says otherwise: by field, or by kind and field where a file holds several parts.
 """
 
 import json
@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from octavo.checkpoint.kinds import CONFIG_KEY, Kind, own_config
 from octavo.checkpoint.layout import Names
@@ -22,6 +22,7 @@ Config = MMDiTConfig | ClipConfig | T5Config | VAEConfig
 
 HEAD_WIDTH = 64  # in every released MMDiT and CLIP
 MAX_SIDE = 2**20  # of any matrix of a model; far beyond the largest, yet small enough to multiply two
+USUAL_ACTIVATIONS: Mapping[Kind, Literal["quick_gelu", "gelu"]] = {"clip_l": "quick_gelu", "clip_g": "gelu"}
 # What Hugging Face's config.json calls the fields of ours that shapes do not tell.
 THEIR_NAMES: Mapping[str, Mapping[str, str]] = {
     "clip_l": {"num_attention_heads": "heads", "hidden_act": "activation"},
@@ -115,9 +116,9 @@ def _clip(shapes: _Shapes, kind: Kind, said: Mapping[str, Any]) -> ClipConfig:
     config = ClipConfig(
         width=width,
         layers=shapes.blocks("text_model.encoder.layers"),
-        heads=max(1, width // HEAD_WIDTH),
+        heads=_usual_heads(width),
         mlp_width=shapes.of("text_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
-        activation="quick_gelu" if kind == "clip_l" else "gelu",
+        activation=USUAL_ACTIVATIONS[kind],
         vocab_size=vocab_size,
         positions=shapes.of("text_model.embeddings.position_embedding.weight", 2)[0],
         projection=shapes.of("text_projection.weight", 2)[0] if projected else None,
@@ -161,13 +162,35 @@ def _vae(shapes: _Shapes, said: Mapping[str, Any]) -> VAEConfig:
         channels=channels,
         layers_per_block=shapes.blocks(blocks),
         latent_channels=shapes.of("decoder.conv_in.weight", 4)[1],
-        # Of released models 32; a narrow VAE needs several channels in a group.
-        groups=max(1, min(32, channels[0] // 4)),
+        groups=_usual_groups(channels),
     )
     config = replace(config, **said)
     if config.groups < 1 or any(width % config.groups for width in channels):
         shapes.refuse(f"has {list(channels)} channels, which {config.groups} groups do not divide")
     return config
+
+
+def unsaid(kind: Kind, config: Config) -> dict[str, Any]:
+    """Fields of `config` that its tensors' names and shapes would not tell; for `octavo.config`."""
+    match config:
+        case ClipConfig():
+            usual: dict[str, Any] = {"heads": _usual_heads(config.width), "activation": USUAL_ACTIVATIONS[kind]}
+        case T5Config():
+            usual = {"max_distance": T5Config.xxl().max_distance}
+        case VAEConfig():
+            usual = {"groups": _usual_groups(config.channels)}
+        case _:
+            usual = {}
+    return {name: getattr(config, name) for name, value in usual.items() if getattr(config, name) != value}
+
+
+def _usual_heads(width: int) -> int:
+    return max(1, width // HEAD_WIDTH)
+
+
+def _usual_groups(channels: tuple[int, ...]) -> int:
+    """Of released models 32; a narrow VAE needs several channels in a group."""
+    return max(1, min(32, channels[0] // 4))
 
 
 def _said_elsewhere(file: TensorFile, kind: Kind) -> dict[str, Any]:
@@ -178,7 +201,10 @@ def _said_elsewhere(file: TensorFile, kind: Kind) -> dict[str, Any]:
     for theirs, value in _config_json(file.path).items():
         if theirs in known:
             said[known[theirs]] = value
-    said.update((name, value) for name, value in own_config(file.path, file.metadata).items() if name in ours)
+    own = own_config(file.path, file.metadata)
+    of_kind = own.get(kind)
+    for fields in (own, of_kind if isinstance(of_kind, dict) else {}):
+        said.update((name, value) for name, value in fields.items() if name in ours)
     for name, value in said.items():
         if type(value) is not (str if name == "activation" else int):
             raise CorruptFileError(

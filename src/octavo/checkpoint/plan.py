@@ -125,6 +125,7 @@ class Plan:
         origins: one for each of its weights, in the order of the file.
         linears: names of all its linear layers, FP8 or not.
         fp8_form: the FP8 form in words; None without FP8.
+        surplus: names in the file, scales and descriptions included, that the model has no use for.
     """
 
     located: Located
@@ -133,6 +134,7 @@ class Plan:
     origins: tuple[Origin, ...]
     linears: tuple[str, ...]
     fp8_form: str | None
+    surplus: tuple[str, ...] = ()
 
     @property
     def fp8_linears(self) -> tuple[str, ...]:
@@ -166,7 +168,10 @@ def plan_part(located: Located) -> Plan:
         _origin(located, rules, ours, pieces[ours], tensor, linear=ours in matrices) for ours, tensor in state.items()
     ]
     convert(model, {origin.module: origin.spec for origin in origins if origin.stays_fp8})
-    return Plan(located, config, model, tuple(sorted(origins, key=_place)), linears, rules.form)
+    layers = {name.removesuffix(".weight") for name in used}
+    known = used | {name for name in rules.auxiliary if name.endswith("scaled_fp8")}
+    surplus = (name for name in located.part.names - known if name.rpartition(".")[0] not in layers)
+    return Plan(located, config, model, tuple(sorted(origins, key=_place)), linears, rules.form, tuple(sorted(surplus)))
 
 
 def _origin(

@@ -73,7 +73,7 @@ class Output:
 
         Args:
             writer: made with `layout` and `metadata`.
-            progress: told the bytes of each tensor.
+            progress: told the bytes of every few megabytes written.
 
         Raises:
             CheckpointError: a weight is NaN or infinite; a file cannot be read or written.

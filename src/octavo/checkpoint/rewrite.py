@@ -72,7 +72,7 @@ def copy(targets: Iterable[Target], writer: Writer, progress: Callable[[int], ob
     Args:
         targets: in the order in which they lie in their files, if reading shall be fast.
         writer: whose layout holds them.
-        progress: told, after each, the bytes written.
+        progress: told the bytes of every few megabytes written.
 
     Raises:
         CheckpointError: a weight is NaN, infinite, or too large for the dtype asked for; a file cannot be read, or the
@@ -81,12 +81,12 @@ def copy(targets: Iterable[Target], writer: Writer, progress: Callable[[int], ob
     for target in targets:
         if target.make is not None:
             writer.write(target.name, target.make())
+            progress(target.nbytes)
         else:
-            writer.write_chunks(target.name, _chunks(target))
-        progress(target.nbytes)
+            writer.write_chunks(target.name, _chunks(target, progress))
 
 
-def _chunks(target: Target) -> Iterator[Tensor]:
+def _chunks(target: Target, progress: Callable[[int], object]) -> Iterator[Tensor]:
     for rows in target.rows:
         for chunk in rows.chunks():
             cast = chunk.to(target.dtype)
@@ -96,3 +96,4 @@ def _chunks(target: Target) -> Iterator[Tensor]:
                     f"{str(target.dtype).removeprefix('torch.')}. Choose bfloat16 or float32."
                 )
             yield cast
+            progress(cast.nbytes)

@@ -62,7 +62,7 @@ class Writer:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._part, self._file = self._open()
         except OSError as error:
-            raise _cannot_write(path, error) from error
+            raise cannot_write(path, error) from error
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Put `tensor` in its place; each name of the layout is written once, in any order."""
@@ -120,7 +120,7 @@ class Writer:
         """Called when a tensor is written."""
 
     def _failed(self, error: OSError) -> NoReturn:
-        raise _cannot_write(self.path, error) from error
+        raise cannot_write(self.path, error) from error
 
     def _clean(self, error: BaseException | None) -> None:  # noqa: ARG002
         """Leave nothing but the finished file; `error` is what ended the work, if anything did."""
@@ -164,5 +164,5 @@ def _umask() -> int:
     return mask
 
 
-def _cannot_write(path: Path, error: OSError) -> CheckpointError:
+def cannot_write(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"'{path}' cannot be written: {error.strerror or error}. Choose another place or make room.")

@@ -11,6 +11,7 @@ import typer
 
 from octavo._version import __version__
 from octavo.cli import compare as comparing
+from octavo.cli import convert as converting
 from octavo.cli import evaluate as evaluating
 from octavo.cli.arithmetic import plain_words
 from octavo.cli.generate import EPILOG, generate
@@ -33,6 +34,7 @@ app = typer.Typer(
 app.command(epilog=EPILOG)(generate)
 app.command(epilog=evaluating.EPILOG)(evaluating.evaluate)
 app.command(epilog=comparing.EPILOG)(comparing.compare)
+app.command(epilog=converting.EPILOG)(converting.convert)
 app.command()(info)
 app.command()(models)
 app.command()(pull)
