@@ -12,6 +12,7 @@ The tree::
     │   └── UnsupportedFormatError  a number format that we do not read (nvfp4, mxfp8, pickle)
     ├── DownloadError               the hub could not be reached, refused, or the disk is full
     ├── NumericsError               NaN or infinity where a picture should have been; names the layer
+    ├── GateError                   a quantized model draws too far from the original to be kept
     └── MissingExtraError           an optional package is not installed; says what to install
 
 An error's text says what happened, what was expected and what to do.
@@ -59,6 +60,10 @@ class DownloadError(OctavoError):
 
 class NumericsError(OctavoError):
     """NaN or infinity appeared in the computation."""
+
+
+class GateError(OctavoError):
+    """A quantized model's pictures are too far from the 16-bit model's."""
 
 
 class MissingExtraError(OctavoError):

@@ -1,0 +1,223 @@
+"""An MMDiT evaluated block by block: weights are read when their block's turn comes, and dropped again.
+
+A model larger than memory can so be run on many inputs at once: every block meets all of them before the next one is
+read. Where the whole model fits into memory its weights stay, and the same code runs without reading them again.
+
+b rows of a batch, L text tokens, n image tokens, D width, h and w latent pixels.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from octavo.checkpoint.plan import Origin, plan_part
+from octavo.checkpoint.source import Located
+from octavo.checkpoint.tensors import torch_dtype
+from octavo.devices import free_bytes
+from octavo.models import MMDiT, MMDiTConfig
+from octavo.sampling.flow import timestep
+
+EMBED, FINAL = "embed", "final_layer"
+SPARE = 2 << 30  # bytes that stay free beside a model that is kept in memory
+
+
+@dataclass(slots=True)
+class Batch:
+    """Rows that share a call of the model, and where they stand in it."""
+
+    latents: Tensor  # [b, 16, h, w]
+    sigma: Tensor  # [b] float32
+    context: Tensor  # [b, L, C]
+    pooled: Tensor  # [b, P]
+    group: int = 0  # of steps, for those who keep them apart
+    skip_layers: tuple[int, ...] = ()  # blocks that hand on what they get
+    vector: Tensor | None = None  # [b, D] from here on: set by the stage "embed"
+    text: Tensor | None = None  # [b, L, D]
+    image: Tensor | None = None  # [b, n, D]
+    velocity: Tensor | None = None  # [b, 16, h, w], set by the last stage
+
+    def branch(self) -> "Batch":
+        """Another batch that stands at the same place; stages never write into tensors."""
+        return Batch(
+            self.latents,
+            self.sigma,
+            self.context,
+            self.pooled,
+            self.group,
+            self.skip_layers,
+            self.vector,
+            self.text,
+            self.image,
+        )
+
+
+class BlockStream:
+    """The diffusion model of a file, in stages; close its file when done.
+
+    Args:
+        located: a part in 16 or 32 bits, kind "mmdit".
+        device: where it is evaluated.
+        dtype: of the arithmetic.
+        keep: whether weights stay once they are read; None for yes if the model fits into free memory.
+
+    Attributes:
+        plan: of the part.
+        model: on the meta device, but for the stages that are loaded.
+        stages: their names in order: what embeds the inputs, the blocks, the final layer.
+    """
+
+    def __init__(self, located: Located, device: torch.device, dtype: torch.dtype, *, keep: bool | None = None) -> None:
+        self.plan = plan_part(located)
+        self.model = cast(MMDiT, self.plan.model)
+        self.device, self.dtype = device, dtype
+        self.nbytes = sum(t.numel() for t in self.model.state_dict().values()) * dtype.itemsize
+        if keep is None:
+            free = free_bytes(device)
+            keep = free is None or self.nbytes + SPARE < free
+        self.keep = keep
+        self._origins: dict[str, list[Origin]] = {stage: [] for stage in stages(self.config)}
+        for origin in self.plan.origins:
+            self._origins[stage_of(origin.ours)].append(origin)
+        self.stages = tuple(self._origins)
+
+    @property
+    def config(self) -> MMDiTConfig:
+        return self.model.config
+
+    def linears(self, stage: str) -> list[str]:
+        """Names of the linear layers of a stage, in the order of the model."""
+        return [name for name in self.plan.linears if stage_of(name) == stage]
+
+    def module(self, stage: str) -> nn.Module | None:
+        """A block or the final layer; None for what embeds, which is not one module."""
+        return None if stage == EMBED else self.model.get_submodule(stage)
+
+    @contextmanager
+    def replaced(self, stage: str, module: nn.Module) -> Iterator[None]:
+        """Inside of the context `module` stands in the place of a block or of the final layer."""
+        before = self.model.get_submodule(stage)
+        self.model.set_submodule(stage, module, strict=True)
+        try:
+            yield
+        finally:
+            self.model.set_submodule(stage, before, strict=True)
+
+    @contextmanager
+    def loaded(self, stage: str) -> Iterator[None]:
+        """The weights of `stage` are there inside of the context.
+
+        Raises:
+            CorruptFileError: a weight is NaN or infinite, or the file ends early.
+        """
+        for origin in self._origins[stage]:
+            module, _, name = origin.ours.rpartition(".")
+            owner = self.model.get_submodule(module)
+            there = getattr(owner, name)
+            if there.is_meta:
+                weight = self.read(origin, torch.empty(there.shape, dtype=self.dtype, device=self.device))
+                setattr(owner, name, nn.Parameter(weight, requires_grad=False))
+        try:
+            yield
+        finally:
+            if not self.keep:
+                self._drop(stage)
+
+    def release(self) -> None:
+        """Give the memory of all weights back; they are read again when needed."""
+        for stage in self.stages:
+            self._drop(stage)
+
+    def _drop(self, stage: str) -> None:
+        for origin in self._origins[stage]:
+            module, _, name = origin.ours.rpartition(".")
+            owner = self.model.get_submodule(module)
+            empty = torch.empty_like(getattr(owner, name), device="meta")
+            setattr(owner, name, nn.Parameter(empty, requires_grad=False))
+
+    def read(self, origin: Origin, out: Tensor) -> Tensor:
+        """Fill `out` with a tensor of the model, converted to its dtype and device."""
+        row = 0
+        for slab in origin.slabs:
+            rows = (slab.start, slab.stop)
+            self.plan.located.file.read_into(slab.entry.name, out[row : row + slab.rows], rows=rows)
+            row += slab.rows
+        return out
+
+    def weights(self, layer: str) -> tuple[Tensor, Tensor | None]:
+        """Weight [N, K] and bias [N] (None without) of a linear layer on the device, in the dtypes of the file."""
+        module, found = self.model.get_submodule(layer), dict[str, Tensor]()
+        for origin in self._origins[stage_of(layer)]:
+            if origin.module == layer:
+                name = origin.ours.rpartition(".")[2]
+                dtype = torch_dtype(origin.slabs[0].entry)
+                place = torch.empty(getattr(module, name).shape, dtype=dtype, device=self.device)
+                found[name] = self.read(origin, place)
+        return found["weight"], found.get("bias")
+
+    def advance(self, stage: str, batches: Iterable[Batch], before: Callable[[Batch], object] = lambda _: None) -> None:
+        """Take every batch through a stage that is loaded; `before` is called with each as its turn comes."""
+        model = self.model
+        for batch in batches:
+            before(batch)
+            if stage == EMBED:
+                batch.vector = model.vector(timestep(batch.sigma), batch.pooled)
+                batch.text, batch.image = model.embed(batch.latents.to(self.dtype), batch.context)
+                batch.context = batch.context[:, :0].clone()  # not needed any more, and large
+                continue
+            assert batch.vector is not None, "not embedded yet"
+            assert batch.text is not None
+            assert batch.image is not None
+            if stage == FINAL:
+                modulation = model.final_layer.adaLN_modulation(batch.vector)
+                batch.velocity = model.finish(batch.image, modulation, batch.latents.shape[-2:])
+                batch.text = batch.image = None
+                continue
+            number = int(stage.rpartition(".")[2])
+            if number not in batch.skip_layers:
+                block = model.joint_blocks[number]
+                batch.text, batch.image = block(
+                    batch.text,
+                    batch.image,
+                    block.context_block.adaLN_modulation(batch.vector),
+                    block.x_block.adaLN_modulation(batch.vector),
+                )
+
+    @torch.inference_mode()
+    def velocities(
+        self,
+        batches: Sequence[Batch],
+        stages: Sequence[str] | None = None,
+        done: Callable[[str], object] = lambda _: None,
+    ) -> list[Tensor]:
+        """Take all batches to the end of the model.
+
+        Args:
+            batches: where the stage before the first of `stages` left them.
+            stages: the last ones of the model; all where none are given.
+            done: called with each stage when it is done.
+
+        Returns:
+            For each batch its velocity [b, 16, h, w], in the dtype of the arithmetic.
+        """
+        for stage in self.stages if stages is None else stages:
+            with self.loaded(stage):
+                self.advance(stage, batches)
+            done(stage)
+        return [batch.velocity for batch in batches if batch.velocity is not None]
+
+
+def stages(config: MMDiTConfig) -> tuple[str, ...]:
+    """The stages of a model of this shape."""
+    return (EMBED, *(f"joint_blocks.{number}" for number in range(config.depth)), FINAL)
+
+
+def stage_of(name: str) -> str:
+    """The stage that one of our names (of a layer, or of a tensor) belongs to."""
+    first, _, rest = name.partition(".")
+    if first == "joint_blocks":
+        return f"{first}.{rest.partition('.')[0]}"
+    return FINAL if first == FINAL else EMBED

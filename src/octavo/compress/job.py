@@ -1,0 +1,202 @@
+"""A 16-bit checkpoint becomes an FP8 one: the whole job, on one page. Start reading here.
+
+Stages run in the order written. Everything that takes long is kept in a folder beside the output until the job is done,
+so that a job that was stopped, in whatever way, goes on where it was when it is started again, to the same bytes. The
+output appears under its name only when it is complete and has passed its gate.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from octavo.checkpoint.folders import MODELS, Folders
+from octavo.checkpoint.resume import ResumableWriter
+from octavo.checkpoint.save import check_space
+from octavo.checkpoint.source import open_source
+from octavo.compress import gate
+from octavo.compress.blocks import BlockStream
+from octavo.compress.calibrate import Setup, calibrate, find_components, set_up
+from octavo.compress.files import File, Written, plan_file, targets
+from octavo.compress.gate import Verdict
+from octavo.compress.layers import quantized_layers
+from octavo.compress.points import Points
+from octavo.compress.progress import Phase, Progress, Report
+from octavo.compress.sensitivity import keep_under, measured
+from octavo.compress.settings import Settings
+from octavo.compress.work import Work, identity_of
+from octavo.devices import pick_device, pick_dtype, whole_processor
+from octavo.errors import GateError, ModelNotFoundError
+from octavo.pipeline.components import Components
+from octavo.quantize import Sensitivity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What was done."""
+
+    source: Path
+    source_bytes: int
+    files: tuple[Written, ...]
+    seconds: float
+    resumed: bool  # whether the work of an interrupted job was gone on with
+    sensitivity: Sensitivity | None
+
+
+def quantize_checkpoint(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    settings: Settings | None = None,
+    *,
+    watch: Callable[[Progress], object] = lambda _: None,
+) -> Summary:
+    """Quantize the diffusion model of a checkpoint; text encoders and VAE in the same file are copied as they are.
+
+    Args:
+        source: a 16-bit model: a path, or a name in the models tree.
+        out: the file to write, .safetensors. With form "both" the one for ComfyUI goes beside it, as `<name>-comfy`.
+        settings: recipe, calibration and the rest.
+        watch: called with the progress; what it raises stops the job, which can be gone on with.
+
+    Raises:
+        RequestError: a setting makes no sense, a file is there already, or the model is in FP8 already.
+        RecipeError: there is no such recipe, or it says what no recipe can.
+        ModelNotFoundError: the model, or an encoder that the calibration needs, is not there.
+        CheckpointError: the file is damaged or of another kind, holds NaN, or the disk is full.
+        GateError: the pictures of the result are too far from the original's; no file is written.
+    """
+    started = time.monotonic()
+    settings = settings or Settings()
+
+    def report(phase: Phase, done: int, total: int) -> None:
+        watch(Progress(phase, done, total))
+
+    # What is asked, and whether it can be done: only headers are read
+    recipes = settings.recipes()
+    path = Folders.standard(settings.models_dir).find(os.fspath(source), *MODELS)
+    places = targets(path, Path(out), settings)
+    device = pick_device(settings.device)
+    with open_source(path) as opened:
+        located = opened.require("mmdit")
+        stream = BlockStream(located, device, pick_dtype(settings.dtype, device))
+        setup = set_up(opened, stream, settings)
+        planned = [
+            plan_file(stream, place, form, recipe) for place, (form, recipe) in zip(places, recipes, strict=True)
+        ]
+        calibrated = any(file.recipe.needs_calibration for file in planned) or settings.must_measure
+        components = _components(path, settings, needed=calibrated)
+        identity = identity_of(opened)
+        folder = settings.work or places[0].with_name(f".{places[0].name}.work")
+        with Work(folder, identity, keep=settings.work is not None) as work:
+            if not work.resumed:
+                check_space(places[0], sum(file.output.nbytes for file in planned))
+
+            # What the model sees in its own runs, and which layers mind
+            points = sensitivity = None
+            if calibrated and components is not None:
+                points = calibrate(stream, components, setup, folder=folder, source=identity, report=report)
+            if settings.wants_sensitivity:
+                sensitivity = measured(
+                    stream, points, planned[0].recipe, settings, folder, partial(report, "sensitivity")
+                )
+                planned = [keep_under(stream, file, sensitivity, settings) for file in planned]
+
+            # The files
+            digest = None if points is None else points.digest
+            files = [
+                plan_file(stream, file.place, file.form, file.recipe, folder=folder, digest=digest) for file in planned
+            ]
+            _write(stream, files, points, report)
+            stream.release()
+
+            # Whether they are good enough
+            _judge(components, files, setup, settings, report)
+            for file in files:
+                os.replace(file.part, file.place)
+        return Summary(
+            source=path,
+            source_bytes=sum(entry.nbytes for entry in located.file.entries.values()),
+            files=tuple(file.told(stream) for file in files),
+            seconds=time.monotonic() - started,
+            resumed=work.resumed,
+            sensitivity=sensitivity,
+        )
+
+
+def _components(path: Path, settings: Settings, *, needed: bool) -> Components | None:
+    """The parts of the 16-bit model; None where some are missing that are not needed."""
+    try:
+        return find_components(path, settings)
+    except ModelNotFoundError:
+        if needed:
+            raise
+        return None
+
+
+@torch.inference_mode()
+@whole_processor()
+def _write(stream: BlockStream, files: Sequence[File], points: Points | None, report: Report) -> None:
+    """Copy what stays and quantize the rest, block by block; what a stopped job has written is not made again."""
+    with ExitStack() as stack:
+        opened = [
+            (file, stack.enter_context(ResumableWriter(file.part, file.output.layout, file.output.metadata)))
+            for file in files
+            if not file.complete
+        ]
+        # Those that even outliers out work on copies; the last one takes the batches through the original.
+        opened.sort(key=lambda each: not each[0].recipe.equalize)
+        total, done = sum(file.output.nbytes for file, _ in opened), 0
+
+        def wrote(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            report("write", done, total)
+
+        for file, writer in opened:
+            wrote(sum(map(file.nbytes_of, writer.done)))
+            file.output.copy(writer, wrote)
+        calibrated = any(file.recipe.needs_calibration for file, _ in opened)
+        batches = points.batches(stream.device, stream.dtype) if calibrated and points is not None else []
+        for stage in stream.stages if opened else ():
+            for i, (file, writer) in enumerate(opened):
+                missing = set(file.output.missing(writer))
+                names = [name for name in stream.linears(stage) if name in missing]
+                last = i == len(opened) - 1
+                for name, layer in quantized_layers(stream, stage, batches, file.recipe, names, advance=last):
+                    file.output.write(writer, name, layer)
+                    wrote(sum(map(file.nbytes_of, file.output.layers[name])))
+
+
+def _judge(
+    components: Components | None, files: Sequence[File], setup: Setup, settings: Settings, report: Report
+) -> None:
+    """Let each file draw beside the 16-bit model; raise a GateError where one is too far off, unless forced."""
+    bounds = [file.recipe.min_psnr if settings.min_psnr is None else settings.min_psnr for file in files]
+    wanted = any(bound is not None for bound in bounds) or any(file.recipe.needs_calibration for file in files)
+    count = (gate.PICTURES if wanted else 0) if settings.gate is None else settings.gate
+    skipped = gate.reason_to_skip(components) if count else "no pictures were asked for; --gate 8 draws some"
+    for file, bound in zip(files, bounds, strict=True):
+        file.verdict = Verdict(bound=bound, skipped=skipped)
+    if skipped is not None or components is None:
+        return
+    total = count * (1 + len(files))
+    exact = gate.draw(components, setup, settings, count, lambda done: report("gate", done, total))
+    for number, (file, bound) in enumerate(zip(files, bounds, strict=True), 1):
+        theirs = gate.quantized_components(file.part, components, settings, rounds_inputs=file.rounds_inputs)
+
+        def drawn(done: int, before: int = number * count) -> None:
+            report("gate", before + done, total)
+
+        pictures = gate.draw(theirs, setup, settings, count, drawn)
+        file.verdict = Verdict(decibels=gate.compare(exact, pictures), bound=bound)
+        if not file.verdict.passed and not settings.force:
+            raise GateError(
+                f"The gate asks for {bound:g} dB; pictures of '{file.place.name}' come to {file.verdict.mean:.2f} dB "
+                f"from the 16-bit model's (mean of {count}), so no file is written. Calibrate with more prompts, take "
+                "another recipe, keep more layers in 16 bits (--keep-16bit), or have the file all the same by --force."
+            )
