@@ -13,9 +13,10 @@ from octavo.evaluate.metrics import (
     cosine_score,
     decibels,
     fid,
-    paired_spread,
     psnr,
     relative_error,
+    resampled,
+    spread,
     squared_error,
     ssim,
 )
@@ -94,7 +95,13 @@ def test_fid_of_a_single_picture_is_refused() -> None:
 def test_the_spread_of_a_mean_is_its_standard_error() -> None:
     """Of N values with variance s² the bootstrapped mean has 5 and 95 % points at ±1.645 s / √N."""
     values = torch.randn(400, generator=torch.Generator().manual_seed(2))
-    low, high = paired_spread(lambda rows: float(values[rows].mean()), 400, resamples=2000)
+    low, high = spread(resampled(lambda rows: float(values[rows].mean()), 400, resamples=2000))
     half = 1.645 * float(values.std()) / 20
     assert low == pytest.approx(float(values.mean()) - half, abs=0.1 * half)
     assert high == pytest.approx(float(values.mean()) + half, abs=0.1 * half)
+
+
+def test_draws_are_paired_so_that_what_sets_have_in_common_cancels() -> None:
+    values = torch.rand(50) + 1
+    once, twice = (resampled(lambda rows, f=f: float(f * values[rows].sum()), 50, resamples=9) for f in (1, 2))
+    torch.testing.assert_close(twice / once, torch.full((9,), 2.0, dtype=torch.float64))

@@ -209,7 +209,8 @@ def parse_column(text: str, **options: Any) -> Column:
         model, how = rest, ""
     chosen = {**options, **_arithmetic(how)}
     known = None if model == "embedded" else model
-    default = f"{Path(model).stem if Path(model).suffix else Path(model).name}{at and f'@{how}'}"
+    # A name such as sd3.5_large has no suffix, whatever pathlib thinks.
+    default = Path(model).name.removesuffix(".safetensors") + (f"@{how}" if how else "")
     return ModelColumn(name=given or default, load=lambda: load(known, **chosen), how=how)
 
 

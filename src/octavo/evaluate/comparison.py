@@ -19,7 +19,7 @@ from typing import Any
 
 from octavo.errors import RequestError
 from octavo.evaluate.columns import Column
-from octavo.evaluate.drawn import Drawn, Studio, Watch
+from octavo.evaluate.drawn import SAME_MODEL, Drawn, Studio, Watch
 from octavo.evaluate.features import FeatureNetwork, JudgeNetwork, PerceptualDistance
 from octavo.evaluate.gallery import Gallery, Record, slug, write_text
 from octavo.evaluate.machine import describe_machine
@@ -159,9 +159,10 @@ def compare(
             watch=watch,
         )
         _keep_prompts(Path(folder), prompts)
-        drawn = [
-            each for column in columns for each in ([column] if isinstance(column, Drawn) else studio.draw(column))
-        ]
+        drawn: list[Drawn] = []
+        for column in columns:
+            drawn += [column] if isinstance(column, Drawn) else studio.draw(column)
+        drawn.sort(key=lambda each: each.name.endswith(SAME_MODEL))  # behind those that are to be judged
         return _scored(drawn, prompts, studio, options, command, watch)
 
 

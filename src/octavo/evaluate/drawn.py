@@ -29,6 +29,8 @@ from octavo.sampling.guidance import SkipLayerGuidance
 
 OTHER_SEEDS = 1 << 31  # added to the seeds of the column that shows how far pictures of other seeds are apart
 
+SAME_MODEL = ", other seeds"  # ends that column's name
+
 Watch = Callable[[str, str, int, int], None]
 """Called with a column's name, what is done to it, how much of it, and of how much."""
 
@@ -96,7 +98,7 @@ class Studio:
                 self._settle(components)
             drawn = [self._draw_model(column, components, self.seed, is_reference=first)]
             if first and self.other_seeds:
-                again = replace(column, name=f"{column.name}, other seeds")
+                again = replace(column, name=f"{column.name}{SAME_MODEL}")
                 more = self._draw_model(again, components, self.seed + OTHER_SEEDS, is_reference=False)
                 drawn.append(replace(more, same_seed=False))
         return drawn

@@ -30,8 +30,10 @@ class Series:
     """One line of a chart."""
 
     name: str
-    x: Sequence[float]
+    x: Sequence[int]  # steps or blocks, counted
     y: Sequence[float]
+    ink: int = 0  # number of the colour; a model keeps its own
+    dashed: bool = False
 
 
 def line_chart(title: str, x_label: str, series: Sequence[Series], *, percent: bool = True) -> str:
@@ -47,7 +49,7 @@ def line_chart(title: str, x_label: str, series: Sequence[Series], *, percent: b
     if not points:
         return _svg(title, f'<text x="{LEFT}" y="{TOP + 30}">All errors are zero.</text>', 0)
     low, high = _decades([y for _, y in points])
-    first, last = min(x for x, _ in points), max(x for x, _ in points)
+    first, last = float(min(x for x, _ in points)), float(max(x for x, _ in points))
     if first == last:
         first, last = first - 0.5, last + 0.5
 
@@ -67,14 +69,14 @@ def line_chart(title: str, x_label: str, series: Sequence[Series], *, percent: b
         parts.append(f'<text x="{x:.1f}" y="{BOTTOM + 16}" text-anchor="middle">{tick:.3g}</text>')
     parts.append(f'<text x="{(LEFT + RIGHT) / 2}" y="{BOTTOM + 34}" text-anchor="middle">{escape(x_label)}</text>')
     for index, each in enumerate(series):
-        ink = INKS[index % len(INKS)]
+        ink, dash = INKS[each.ink % len(INKS)], ' stroke-dasharray="6 4"' if each.dashed else ""
         spots = [place(x, y) for x, y in zip(each.x, each.y, strict=True) if y > 0 and math.isfinite(y)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{ink}" stroke-width="2"/>')
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{ink}" stroke-width="2"{dash}/>')
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{ink}"/>' for x, y in spots]
         row = BOTTOM + 56 + index * LEGEND_LINE
         parts.append(
-            f'<line x1="{LEFT}" x2="{LEFT + 22}" y1="{row - 4}" y2="{row - 4}" stroke="{ink}" stroke-width="3"/>'
+            f'<line x1="{LEFT}" x2="{LEFT + 22}" y1="{row - 4}" y2="{row - 4}" stroke="{ink}" stroke-width="3"{dash}/>'
         )
         parts.append(f'<text x="{LEFT + 30}" y="{row}">{escape(each.name)}</text>')
     return _svg(title, "".join(parts), len(series))
@@ -110,8 +112,8 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _ticks(first: float, last: float) -> list[float]:
-    """Round numbers, about six, within the bounds."""
-    rough = (last - first) / 6
+    """Round whole numbers, about six, within the bounds."""
+    rough = max(1.0, (last - first) / 6)
     size = 10.0 ** math.floor(math.log10(rough))
     step = next(size * digit for digit in (1, 2, 5, 10) if size * digit >= rough)
     count = math.floor((last - first) / step + 1e-9)

@@ -20,9 +20,10 @@ from typing import Any
 from PIL import Image, ImageChops
 
 from octavo.evaluate.comparison import ColumnResult, Comparison
+from octavo.evaluate.drawn import SAME_MODEL
 from octavo.evaluate.gallery import write_text
 from octavo.evaluate.plots import Series, line_chart
-from octavo.evaluate.prompt_set import STANDING
+from octavo.evaluate.prompt_set import STANDING, builtin_prompts
 from octavo.evaluate.table import Group, groups_of
 from octavo.pipeline.image import open_image
 
@@ -81,13 +82,13 @@ def _charts(comparison: Comparison) -> dict[str, str]:
     measured = [(column.drawn.name, errors) for column in comparison.columns if (errors := column.drawn.velocity)]
     if not measured:
         return {}
-    by_step = [Series(name, range(1, len(e.by_step) + 1), e.by_step) for name, e in measured]
+    by_step = [Series(name, range(1, len(e.by_step) + 1), e.by_step, ink) for ink, (name, e) in enumerate(measured)]
     by_block = [
         series
-        for name, e in measured
+        for ink, (name, e) in enumerate(measured)
         for series in (
-            Series(f"{name}, image tokens", range(1, len(e.image_by_block) + 1), e.image_by_block),
-            Series(f"{name}, text tokens", range(1, len(e.context_by_block) + 1), e.context_by_block),
+            Series(f"{name}, image tokens", range(1, len(e.image_by_block) + 1), e.image_by_block, ink),
+            Series(f"{name}, text tokens", range(1, len(e.context_by_block) + 1), e.context_by_block, ink, True),
         )
     ]
     return {
@@ -100,23 +101,28 @@ def _charts(comparison: Comparison) -> dict[str, str]:
 def _notes(report: Mapping[str, Any]) -> list[str]:
     """What a reader has to know to read the numbers right."""
     features, network = report["network"]["features"], report["network"]["name"]
+    reference_set = report["reference_set"]
     pictures = min(int(column["scores"]["pictures"]) for column in report["columns"])
     notes = [
         f"Pictures of one row share prompt and seed. PSNR, SSIM and the {report['distance']} compare each with that of "
         f"{report['columns'][0]['name']}; equal pictures count as 100 dB.",
         f"The prompt score, FID and CMMD are counted by {network}, and are comparable with nothing that was counted by "
         "another network.",
+        *([f"The reference set is {reference_set}."] if reference_set else []),
         f"FID is of {pictures} pictures or more a set in {features} dimensions; it is biased upwards where pictures "
         "are few, alike for all columns, so read its rise and not its height. The percentiles resample the prompts, "
         "the same ones for both columns: a rise whose range holds 0 may be chance.",
-        "Times are wall clock on the machine below, median over pictures but the first after loading.",
+        "Errors of latents and velocity are relative: root mean square of the difference over that of the reference. "
+        "The velocity's is teacher-forced: every model is asked what the reference was asked.",
+        "Times are wall clock on the machine below, median over pictures but the first after loading. Host memory is "
+        "that of the whole process, what Python and torch themselves take included.",
     ]
     if network == "the embedded model's judge" and not report["embedded"]:
         notes.append(
             "The judge knows nothing but the embedded model's flat shapes. For pictures of other things its numbers "
             "mean little: pass --clip."
         )
-    if any(name.endswith(", other seeds") for name in (column["name"] for column in report["columns"])):
+    if any(name.endswith(SAME_MODEL) for name in (column["name"] for column in report["columns"])):
         notes.append("The column of other seeds is the same model with other noise: how far chance alone goes.")
     return notes
 
@@ -146,7 +152,7 @@ def _markdown(
     comparison: Comparison, report: Mapping[str, Any], groups: Sequence[Group], charts: Mapping[str, str]
 ) -> str:
     names = [_cell(column.drawn.name) for column in comparison.columns]
-    lines = [f"# {' against '.join([' and '.join(names[1:]), names[0]]) if names[1:] else names[0]}", ""]
+    lines = [f"# {_title(comparison)}", ""]
     lines += ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for group in groups:
         lines.append(f"| **{_cell(group.title)}** |" + " |" * len(names))
@@ -157,6 +163,12 @@ def _markdown(
     lines += [f"![{name.replace('-', ' ')}]({name}.svg)" for name in charts]
     lines += ["", *(f"- {name}: {text}" for name, text in _conditions(report)), ""]
     return "\n".join(lines)
+
+
+def _title(comparison: Comparison) -> str:
+    first, *others = (column.drawn.name for column in comparison.columns)
+    others = [name for name in others if not name.endswith(SAME_MODEL)]
+    return f"{', '.join(others)} against {first}" if others else first
 
 
 def _cell(text: str) -> str:
@@ -173,7 +185,7 @@ def _html(
 ) -> str:
     names = [column.drawn.name for column in comparison.columns]
     style = files("octavo.evaluate").joinpath("report.css").read_text("utf-8")
-    title = f"{' and '.join(names[1:])} against {names[0]}" if names[1:] else names[0]
+    title = _title(comparison)
     head = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -220,17 +232,22 @@ def _card(comparison: Comparison, number: int, index: int) -> str:
         if path is None:
             continue
         picture = open_image(path).convert("RGB")
-        figures.append(_figure(picture, column.drawn.name, _remarks(column, number)))
-        wanted = first.drawn.paths.get(number)
-        if column is not first and column.drawn.same_seed and wanted is not None:
-            difference = ImageChops.difference(picture, open_image(wanted).convert("RGB"))
-            figures.append(
-                _figure(difference.point(lambda v: min(255, AMPLIFIED * v)), f"difference × {AMPLIFIED}", "")
-            )
-    kind = "standing prompt" if index < STANDING else "least alike" if index >= SHOWN else ""
+        figures.append(_figure(picture, column.drawn.name, _remarks(column, number), _apart(column, first, number)))
+    standing = builtin_prompts(STANDING, embedded=comparison.embedded)
+    prompt = comparison.prompts[number - 1]
+    kind = "standing prompt" if prompt in standing else "least alike" if index >= SHOWN else ""
     mark = f"<b>{kind}</b> " if kind else ""
-    text = escape(comparison.prompts[number - 1].text)
-    return f'<section class="card"><p>{mark}{number}. {text}</p><div class="row">{"".join(figures)}</div></section>'
+    row = f'<div class="row">{"".join(figures)}</div>'
+    return f'<section class="card"><p>{mark}{number}. {escape(prompt.text)}</p>{row}</section>'
+
+
+def _apart(column: ColumnResult, reference: ColumnResult, number: int) -> Image.Image | None:
+    """Where a picture differs from the reference's, amplified; None where they do not share their noise."""
+    wanted = reference.drawn.paths.get(number)
+    if column is reference or not column.drawn.same_seed or wanted is None:
+        return None
+    a, b = (open_image(path).convert("RGB") for path in (column.drawn.paths[number], wanted))
+    return ImageChops.difference(a, b).point(lambda v: min(255, AMPLIFIED * v)) if a.size == b.size else None
 
 
 def _remarks(column: ColumnResult, number: int) -> str:
@@ -245,7 +262,14 @@ def _remarks(column: ColumnResult, number: int) -> str:
     return ", ".join(told)
 
 
-def _figure(picture: Image.Image, name: str, remarks: str) -> str:
+def _figure(picture: Image.Image, name: str, remarks: str, apart: Image.Image | None) -> str:
+    """A picture, what is said of it, and where it differs."""
+    small = f"<small>{escape(remarks)}</small>" if remarks else ""
+    difference = f"{_inlined(apart, 'difference')}<small>difference × {AMPLIFIED}</small>" if apart else ""
+    return f"<figure>{_inlined(picture, name)}<figcaption>{escape(name)}{small}</figcaption>{difference}</figure>"
+
+
+def _inlined(picture: Image.Image, name: str) -> str:
     """A picture inside the page: without loss where it is small, else scaled to `SIDE` and compressed."""
     if max(picture.size) > SIDE:
         picture = picture.copy()
@@ -253,9 +277,5 @@ def _figure(picture: Image.Image, name: str, remarks: str) -> str:
     data = io.BytesIO()
     picture.save(data, "WEBP", lossless=max(picture.size) <= SIDE // 2, quality=88)
     source = base64.b64encode(data.getvalue()).decode()
-    small = f"<small>{escape(remarks)}</small>" if remarks else ""
     width, height = picture.size
-    return (
-        f'<figure><img src="data:image/webp;base64,{source}" alt="{escape(name)}" width="{width}" height="{height}">'
-        f"<figcaption>{escape(name)}{small}</figcaption></figure>"
-    )
+    return f'<img src="data:image/webp;base64,{source}" alt="{escape(name)}" width="{width}" height="{height}">'

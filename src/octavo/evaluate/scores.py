@@ -24,12 +24,14 @@ from octavo.evaluate.drawn import Drawn
 from octavo.evaluate.features import FeatureNetwork, PerceptualDistance, features_of, read_pixels
 from octavo.evaluate.metrics import (
     MOST_DECIBELS,
+    FidTo,
     cmmd,
     cosine_score,
     decibels,
     fid,
-    paired_spread,
     psnr,
+    resampled,
+    spread,
     squared_error,
     ssim,
 )
@@ -38,7 +40,7 @@ from octavo.evaluate.typography import TextReader, share_read
 from octavo.pipeline.image import FORMATS, open_image
 from octavo.train.drawing import draw, to_bytes
 
-RESAMPLES = 200  # of the bootstrap
+RESAMPLES = 100  # of the bootstrap
 RESAMPLES_OF_WIDE_FEATURES = 20  # where one FID takes seconds, above this many features:
 WIDE = 256
 
@@ -105,6 +107,7 @@ class Scorer:
     reference_set: ReferenceSet | None
     watch: Callable[[str, str, int, int], None]
     _features: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)
+    _resampled: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     @cached_property
     def _classifier(self) -> Any:
@@ -177,30 +180,38 @@ class Scorer:
             values["fid_to_reference"] = fid(of_reference, features)
             values["cmmd_to_reference"] = cmmd(of_reference, features)
         if self.reference_set is not None:
-            values["fid"] = fid(self.reference_set.features, features)
+            values["fid"] = self._fid(features)
             values["cmmd"] = cmmd(self.reference_set.features, features)
             if drawn is not self.reference:
-                values |= self._fid_rise(drawn, values["fid"])
+                values |= self._fid_rise(drawn)
         return values
 
-    def _fid_rise(self, drawn: Drawn, own: float) -> dict[str, float]:
+    def _fid_rise(self, drawn: Drawn) -> dict[str, float]:
         """FID over the reference's, minus 1, over the prompts that both have, and how far chance may move that."""
-        assert self.reference_set is not None
-        real = self.reference_set.features
         numbers, features = self._features_of(drawn)
         there, of_reference = self._features_of(self.reference)
         common = sorted({*numbers} & {*there})
+        if len(common) < 2:
+            return {}
         a = features[[numbers.index(n) for n in common]]
         b = of_reference[[there.index(n) for n in common]]
-        theirs = fid(real, b) if len(common) > 1 else 0.0
+        theirs = self._fid(b)
         if not theirs:
             return {}
-        whole = fid(real, a) if len(common) < len(numbers) else own
-        resamples = RESAMPLES if real.shape[1] <= WIDE else RESAMPLES_OF_WIDE_FEATURES
-        low, high = paired_spread(
-            lambda rows: fid(real, a[rows]) / fid(real, b[rows]) - 1, len(common), resamples=resamples
-        )
-        return {"fid_rise": whole / theirs - 1, "fid_rise_low": low, "fid_rise_high": high}
+        key = tuple(common)
+        if key not in self._resampled:
+            self._resampled[key] = self._by_chance(b)
+        low, high = spread(self._by_chance(a) / self._resampled[key] - 1)
+        return {"fid_rise": self._fid(a) / theirs - 1, "fid_rise_low": low, "fid_rise_high": high}
+
+    def _by_chance(self, features: Tensor) -> Tensor:
+        resamples = RESAMPLES if features.shape[1] <= WIDE else RESAMPLES_OF_WIDE_FEATURES
+        return resampled(lambda rows: self._fid(features[rows]), len(features), resamples=resamples)
+
+    @cached_property
+    def _fid(self) -> FidTo:
+        assert self.reference_set is not None
+        return FidTo(self.reference_set.features)
 
 
 def _overall(by_picture: Mapping[int, Mapping[str, float | bool]], errors: Sequence[float]) -> dict[str, float]:

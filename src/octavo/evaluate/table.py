@@ -22,7 +22,7 @@ def _share(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def _gigabytes(value: float) -> str:
+def _bytes(value: float) -> str:
     return f"{value / 1e9:.2f} GB" if value >= 1e8 else f"{value / 1e6:.1f} MB"
 
 
@@ -68,37 +68,43 @@ def groups_of(report: Mapping[str, Any]) -> list[Group]:
     score = f"CLIP score ({network})" if network.startswith("CLIP ") else f"prompt score ({network})"
     layout = [
         (
+            "In short",
+            [
+                Row("psnr", "PSNR at the same seed", _number(2, "dB")),
+                Row("score", score, _number(2), "percent"),
+                Row("fid", "FID to the reference set", _significant, "percent"),
+                Row("right_all", "right in every respect (checker)", _share, "points"),
+                Row("typography", "words read back", _share, "points"),
+                Row("seconds", "seconds a picture", _significant, "percent"),
+                Row("device_bytes", "peak device memory", _bytes, "percent"),
+                Row("weight_bytes", "transformer's weights in memory", _bytes, "percent"),
+            ],
+        ),
+        (
             f"Same seed, against {columns[0]['name']}",
             [
-                Row("psnr", "PSNR, mean", _number(2, "dB")),
                 Row("psnr_median", "PSNR, median", _number(2, "dB")),
                 Row("psnr_worst", "PSNR, worst twentieth from", _number(2, "dB")),
                 Row("psnr_pooled", "PSNR of the mean squared error", _number(2, "dB")),
                 Row("ssim", "SSIM", _number(4)),
                 Row("distance", report["distance"], _significant),
-                Row("latent_error", "relative error of the final latents", _number(4)),
-                Row("velocity", "relative error of the velocity, teacher-forced", _number(4)),
+                Row("latent_error", "error of the final latents", _number(4)),
+                Row("velocity", "error of the velocity", _number(4)),
             ],
         ),
         (
-            "Each picture alone",
+            "Right, by the checker",
             [
-                Row("score", score, _number(2), "percent"),
-                Row("right_all", "right in every respect (checker)", _share, "points"),
-                *(
-                    Row(f"right_{name}", f"right {name}", _share, "points")
-                    for name in ("background", "count", "colour", "shape", "place", "size")
-                ),
-                Row("typography", "words read back", _share, "points"),
+                Row(f"right_{name}", name, _share, "points")
+                for name in ("background", "count", "colour", "shape", "place", "size")
             ],
         ),
         (
             f"As a set, by {report['network']['features']} features of {network}",
             [
-                Row("fid", f"FID to {report['reference_set']}", _significant, "percent"),
-                Row("fid_rise_low", "its rise by chance of prompts, 5th percentile", _signed_share),
-                Row("fid_rise_high", "its rise by chance of prompts, 95th percentile", _signed_share),
-                Row("cmmd", f"CMMD to {report['reference_set']}", _significant, "percent"),
+                Row("fid_rise_low", "rise of FID, 5th percentile", _signed_share),
+                Row("fid_rise_high", "rise of FID, 95th percentile", _signed_share),
+                Row("cmmd", "CMMD to the reference set", _significant, "percent"),
                 Row("fid_to_reference", f"FID to {columns[0]['name']}", _significant),
                 Row("cmmd_to_reference", f"CMMD to {columns[0]['name']}", _significant),
                 Row("fid_of_halves", "FID of odd to even pictures", _significant),
@@ -107,11 +113,8 @@ def groups_of(report: Mapping[str, Any]) -> list[Group]:
         (
             "Cost",
             [
-                Row("seconds", "seconds a picture, median", _significant, "percent"),
                 Row("evaluations_per_second", "steps a second", _significant, "percent"),
-                Row("device_bytes", "peak device memory", _gigabytes, "percent"),
-                Row("host_bytes", "peak host memory of the process", _gigabytes, "percent"),
-                Row("weight_bytes", "transformer's weights in memory", _gigabytes, "percent"),
+                Row("host_bytes", "peak host memory of the process", _bytes, "percent"),
                 Row("fp8_share", "linear weights in FP8", _share),
             ],
         ),
@@ -151,11 +154,16 @@ def _line(row: Row, columns: Sequence[Mapping[str, Any]]) -> Line | None:
 
 def _difference(kind: Difference, value: float, first: float) -> str:
     if kind == "points":
-        return f"{100 * (value - first):+.1f} points"
+        return f"{_signed(100 * (value - first))} points"
     if kind == "percent" and first and math.isfinite(value / first):
         return _signed_share(value / first - 1)
     return ""
 
 
 def _signed_share(value: float) -> str:
-    return f"{100 * value:+.1f} %"
+    return f"{_signed(100 * value)} %"
+
+
+def _signed(value: float) -> str:
+    text = f"{value:+.1f}"
+    return "±0" if text in ("+0.0", "-0.0") else text
