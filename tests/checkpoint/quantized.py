@@ -29,6 +29,7 @@ def octavo_file(
     prefix: str = MMDIT_PREFIX,
     input_scale: float | None = None,
     full_precision: bool = False,
+    block: tuple[int, int] = (128, 128),
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
     """The tiny MMDiT with all matrices of its blocks quantized.
 
@@ -44,12 +45,14 @@ def octavo_file(
     layers: dict[str, Any] = {}
     for name in matrices(source):
         weight, full = values[f"{name}.weight"], prefix + name
-        amax = weight.abs().amax(1, keepdim=True) if granularity == "row" else weight.abs().amax()
-        scale = amax / largest
-        codes = (weight / scale).to(dtype)
+        scale = amax(weight, granularity, block) / largest
+        each = spread(scale, weight, block) if granularity == "block" else scale
+        codes = (weight / each).to(dtype)
         tensors |= {f"{full}.weight": codes, f"{full}.weight_scale": scale}
-        values[f"{name}.weight"] = codes.float() * scale
+        values[f"{name}.weight"] = codes.float() * each
         layers[full] = {"format": fmt, "granularity": granularity}
+        if granularity == "block":
+            layers[full]["block"] = list(block)
         if rank:
             down = torch.randn(rank, weight.shape[1], generator=generator).half() / 8
             up = torch.randn(weight.shape[0], rank, generator=generator).half() / 8
@@ -61,6 +64,23 @@ def octavo_file(
         if full_precision:
             layers[full]["full_precision"] = True
     return tensors, {"version": 1, "layers": layers}, values
+
+
+def amax(weight: Tensor, granularity: str, block: tuple[int, int]) -> Tensor:
+    """Largest absolute values, block by block as in the definition."""
+    if granularity == "tensor":
+        return weight.abs().amax()
+    if granularity == "row":
+        return weight.abs().amax(1, keepdim=True)
+    rows = [part.split(block[1], dim=1) for part in weight.abs().split(block[0], dim=0)]
+    return torch.stack([torch.stack([each.amax() for each in row]) for row in rows])
+
+
+def spread(scale: Tensor, weight: Tensor, block: tuple[int, int]) -> Tensor:
+    """For each number of the weight the scale of its block."""
+    rows = torch.arange(weight.shape[0]) // block[0]
+    columns = torch.arange(weight.shape[1]) // block[1]
+    return scale[rows][:, columns]
 
 
 def header(fields: object, **others: str) -> dict[str, str]:

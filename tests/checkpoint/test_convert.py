@@ -15,7 +15,7 @@ from octavo.checkpoint.plan import plan_part
 from octavo.checkpoint.save import save_safetensors
 from octavo.checkpoint.source import open_source
 from octavo.errors import CheckpointError, UnsupportedFormatError
-from octavo.fp8 import Fp8Linear
+from octavo.fp8 import Fp8Linear, Scaled, dequantize
 from octavo.models import MMDiTConfig
 from octavo.text import word_level_tokenizer
 from tests.checkpoint.converting import convert, write_single
@@ -196,6 +196,22 @@ def test_our_own_form_comes_back_as_it_was(tmp_path: Path, granularity: str, ran
     expected = load_mmdit(tmp_path / "q.safetensors")
     for path in (tmp_path / "folder", tmp_path / "back.safetensors"):
         assert_same_model(load_mmdit(path), expected)
+
+
+@pytest.mark.parametrize(("block", "comes_back"), [((64, 32), True), ((96, 32), False)])
+def test_scales_by_block_come_back(tmp_path: Path, block: tuple[int, int], comes_back: bool) -> None:
+    """As they were where cuts run between blocks, as blocks one row high elsewhere; the weights are the same."""
+    tensors, form, values = octavo_file(granularity="block", block=block)
+    save_safetensors(tmp_path / "q.safetensors", tensors, header(form))
+    convert(tmp_path / "q.safetensors", tmp_path / "folder")
+    convert(tmp_path / "folder", tmp_path / "back.safetensors")
+    if comes_back:
+        assert_same(tensors_of(tmp_path / "back.safetensors"), tensors)
+    for path in (tmp_path / "folder", tmp_path / "back.safetensors"):
+        for name, module in load_mmdit(path).named_modules():
+            if isinstance(module, Fp8Linear):
+                weight = dequantize(Scaled(module.q, module.scale, module.spec.block))
+                assert torch.equal(weight, values[f"{name}.weight"])
 
 
 def test_scales_that_differ_between_pieces_become_scales_by_row_and_come_back(tmp_path: Path) -> None:

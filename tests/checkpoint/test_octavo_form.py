@@ -14,7 +14,7 @@ from octavo.checkpoint.octavo_form import LayerForm, dumps, read_forms
 from octavo.checkpoint.save import save_safetensors
 from octavo.checkpoint.tensors import open_tensors
 from octavo.errors import CheckpointError
-from octavo.fp8 import Fp8Linear
+from octavo.fp8 import Fp8Linear, Scaled, dequantize, quantize
 from octavo.models import MMDiT
 from tests.checkpoint.quantized import header, matrices, octavo_file
 from tests.checkpoint.samples import MMDIT_PREFIX, mmdit_in_diffusers, tiny
@@ -43,7 +43,7 @@ def dense(values: dict[str, Tensor], path: Path) -> MMDiT:
 
 @pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize("fmt", ["float8_e4m3fn", "float8_e5m2"])
-@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize("granularity", ["tensor", "row", "block"])
 def test_a_quantized_file_is_the_model_with_its_weights_dequantized(
     tmp_path: Path, granularity: str, fmt: str, rank: int
 ) -> None:
@@ -54,7 +54,7 @@ def test_a_quantized_file_is_the_model_with_its_weights_dequantized(
     layers = fp8_layers(model)
     assert sorted(layers) == sorted(matrices(tiny("mmdit")))
     for name, layer in layers.items():
-        weight = layer.q.float() * layer.scale
+        weight = dequantize(Scaled(layer.q, layer.scale, layer.spec.block if granularity == "block" else None))
         if rank:
             assert layer.lora_down is not None
             assert layer.lora_up is not None
@@ -95,6 +95,61 @@ def test_one_layer_may_differ_from_the_next(tmp_path: Path) -> None:
     assert (different.scale.shape, different.lora_down) == ((), None)
     assert all(layer.scale.ndim == 2 and layer.lora_down is not None for layer in layers.values())
     assert not any(layer.spec.full_precision for layer in layers.values())
+
+
+@pytest.mark.parametrize("block", [(128, 128), (96, 64), (1, 40), (500, 1)])
+def test_blocks_of_any_size_are_read_into_the_layers(tmp_path: Path, block: tuple[int, int]) -> None:
+    """Blocks at the edges are as small as what is left."""
+    tensors, form, values = octavo_file(granularity="block", block=block)
+    save_safetensors(tmp_path / "q.safetensors", tensors, header(form))
+    for name, layer in fp8_layers(load_mmdit(tmp_path / "q.safetensors")).items():
+        assert (layer.spec.granularity, layer.spec.block) == ("block", block)
+        assert torch.equal(dequantize(Scaled(layer.q, layer.scale, block)), values[f"{name}.weight"])
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "joined"),
+    [
+        pytest.param((64, 32), (64, 32), (64, 32), id="cut between blocks"),
+        pytest.param((96, 32), (96, 32), (1, 32), id="cut inside of blocks"),
+        pytest.param((64, 32), (32, 32), (1, 32), id="blocks of two heights"),
+        pytest.param((64, 32), None, (1, 32), id="blocks beside one scale"),
+    ],
+)
+def test_pieces_scaled_by_block_are_joined_without_loss(
+    tmp_path: Path, q: tuple[int, int], k: tuple[int, int] | None, joined: tuple[int, int]
+) -> None:
+    """In diffusers' layout; blocks stay whole where all pieces begin and end with one."""
+    tensors = mmdit_in_diffusers(tiny("mmdit"))
+    layers, values = {}, []
+    for name, block in (("to_q", q), ("to_k", k), ("to_v", q)):
+        full = f"transformer_blocks.0.attn.{name}"
+        weight = tensors[f"{full}.weight"].float()
+        scaled = quantize(weight, granularity="block" if block else "tensor", block=block or (1, 1))
+        tensors |= {f"{full}.weight": scaled.q, f"{full}.weight_scale": scaled.scale}
+        values.append(dequantize(scaled))
+        layers[full] = {"format": "float8_e4m3fn", "granularity": "block" if block else "tensor"}
+        layers[full] |= {"block": list(block)} if block else {}  # type: ignore[dict-item]
+    save_safetensors(
+        tmp_path / "diffusion_pytorch_model.safetensors", tensors, header({"version": 1, "layers": layers})
+    )
+    layer = fp8_layers(load_mmdit(tmp_path))["joint_blocks.0.x_block.attn.qkv"]
+    assert layer.spec.block == joined
+    assert torch.equal(dequantize(Scaled(layer.q, layer.scale, joined)), torch.cat(values))
+
+
+def test_pieces_with_blocks_of_different_widths_are_refused(tmp_path: Path) -> None:
+    tensors = mmdit_in_diffusers(tiny("mmdit"))
+    layers = {}
+    for name, width in (("to_q", 32), ("to_k", 64), ("to_v", 32)):
+        full = f"transformer_blocks.0.attn.{name}"
+        scaled = quantize(tensors[f"{full}.weight"].float(), granularity="block", block=(64, width))
+        tensors |= {f"{full}.weight": scaled.q, f"{full}.weight_scale": scaled.scale}
+        layers[full] = {"format": "float8_e4m3fn", "granularity": "block", "block": [64, width]}
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_safetensors(file, tensors, header({"version": 1, "layers": layers}))
+    with pytest.raises(CheckpointError, match="blocks of different widths"):
+        load_mmdit(tmp_path)
 
 
 def test_branches_of_split_matrices_are_joined(tmp_path: Path) -> None:

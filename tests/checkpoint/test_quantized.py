@@ -26,6 +26,7 @@ from tests.checkpoint.test_formats import by_the_rule, values_of
 from tests.goldens import golden
 
 ROW = LayerOutput(spec=LinearSpec(granularity="row"))
+BLOCK = LayerOutput(spec=LinearSpec(granularity="block", block=(96, 64)))
 TENSOR = LayerOutput(spec=LinearSpec())
 BEST = LayerOutput(spec=LinearSpec(granularity="row", input_scale=True, full_precision=True), low_rank=2)
 
@@ -35,7 +36,7 @@ def quantized(weight: Tensor, bias: Tensor | None, output: LayerOutput) -> Quant
     generator = torch.Generator().manual_seed(3)
     rank, (rows, columns) = output.low_rank, weight.shape
     return QuantizedLayer(
-        weight=quantize(weight, output.spec.format, output.spec.granularity),
+        weight=quantize(weight, output.spec.format, output.spec.granularity, block=output.spec.block),
         bias=None if bias is None else bias + 0.25,
         input_scale=torch.tensor(0.125) if output.spec.input_scale else None,
         full_precision=output.spec.full_precision,
@@ -93,7 +94,7 @@ def assert_holds(model: MMDiT, layers: dict[str, QuantizedLayer]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("output", "form"), [(ROW, "octavo"), (TENSOR, "octavo"), (BEST, "octavo"), (TENSOR, "comfyui")]
+    ("output", "form"), [(ROW, "octavo"), (BLOCK, "octavo"), (TENSOR, "octavo"), (BEST, "octavo"), (TENSOR, "comfyui")]
 )
 def test_what_is_loaded_is_what_was_put_in(tmp_path: Path, source: Path, output: LayerOutput, form: OutputForm) -> None:
     layers = write(source, tmp_path / "q.safetensors", output, form)

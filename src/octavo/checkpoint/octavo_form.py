@@ -13,7 +13,6 @@ Layers go by their full names in the file, without `.weight`. Beside `X.weight` 
 """
 
 import json
-import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from typing import Any, NoReturn, get_args
 from octavo.checkpoint.header import Entry
 from octavo.checkpoint.tensors import TensorFile
 from octavo.errors import CorruptFileError, UnsupportedFormatError
-from octavo.fp8.scale import Granularity
+from octavo.fp8 import scale
+from octavo.fp8.scale import BLOCK, Block, Granularity
 
 KEY = "octavo.quantization"
 RECIPE_KEY = "octavo.recipe"  # the recipe that made the file, TOML
@@ -30,7 +30,7 @@ CALIBRATION_KEY = "octavo.calibration"  # a hash of what it was calibrated on
 VERSION_KEY = "octavo.version"  # of the library that wrote the file
 VERSION = 1
 FORMATS = ("float8_e4m3fn", "float8_e5m2")
-GRANULARITIES: tuple[str, ...] = (*get_args(Granularity), "block")
+GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 DOWN, UP = ".low_rank_down", ".low_rank_up"
 LOW_RANK_DTYPES = frozenset({"F16", "BF16", "F32"})
 ADVICE = "Quantize the model again, or update Octavo."
@@ -41,8 +41,8 @@ class LayerForm:
     """What a file says of one FP8 layer."""
 
     format: str  # as in JSON: float8_e4m3fn, float8_e5m2
-    granularity: str | None = None  # tensor, row, block; None where the form leaves it to the scale's shape
-    block: tuple[int, int] | None = None  # rows and columns that share a scale, by block
+    granularity: Granularity | None = None  # None where the form leaves it to the scale's shape
+    block: Block | None = None  # what shares a scale, where granularity is block
     full_precision: bool = False
     low_rank: int = 0  # rank of the branch; 0 is none
 
@@ -125,10 +125,7 @@ def low_rank(file: TensorFile, layer: str, form: LayerForm) -> LowRank | None:
 def scale_shape(form: LayerForm, weight: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the scale of a weight [N, K] in this form."""
     rows, columns = weight
-    if form.granularity == "block":
-        assert form.block is not None
-        return math.ceil(rows / form.block[0]), math.ceil(columns / form.block[1])
-    return (rows, 1) if form.granularity == "row" else ()
+    return scale.scale_shape(rows, columns, form.granularity or "tensor", form.block or BLOCK)
 
 
 def summary(forms: Mapping[str, LayerForm]) -> str:

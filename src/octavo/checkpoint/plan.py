@@ -13,16 +13,17 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from octavo.checkpoint.branches import Stretch
 from octavo.checkpoint.detect import Config, detect
 from octavo.checkpoint.header import Entry
 from octavo.checkpoint.kinds import TITLES, Kind
 from octavo.checkpoint.layout import Names, Piece
 from octavo.checkpoint.scales import FP8_DTYPES, ScaleRules, WeightRule
 from octavo.checkpoint.source import Located
+from octavo.checkpoint.stacking import ScaledRows, Stretch, stack_scales
 from octavo.checkpoint.tensors import torch_dtype
 from octavo.errors import CorruptFileError, UnsupportedFormatError, WrongModelError
 from octavo.fp8 import FORMATS, LinearSpec
+from octavo.fp8.scale import BLOCK, Block
 from octavo.models import VAE, ClipTextEncoder, MMDiT, T5Encoder
 from octavo.quantize import convert
 
@@ -57,11 +58,12 @@ class Slab:
         return math.prod(self.entry.shape) // all_rows * self.rows
 
     @property
-    def scale(self) -> Tensor:
-        """[] or [rows, 1] float32."""
-        if self.rule is None or self.rule.scale is None:
-            return torch.ones(())
-        return self.rule.scale if self.rule.scale.ndim == 0 else self.rule.scale[self.start : self.stop]
+    def scaled_rows(self) -> ScaledRows:
+        """For `stacking.stack_scales`; codes without scale are the values."""
+        scale = None if self.rule is None else self.rule.scale
+        block = None if self.rule is None else self.rule.block
+        ends = self.stop == self.entry.shape[0]
+        return ScaledRows(torch.ones(()) if scale is None else scale, block, self.start, self.stop, ends)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +79,9 @@ class Origin:
         return self.ours.rpartition(".")[0]
 
     @property
-    def scale(self) -> Tensor:
-        """Of the whole: one number, shape [], where all slabs agree on one, else one for each row, [rows, 1]."""
-        scales = [slab.scale for slab in self.slabs]
-        if all(scale.ndim == 0 and scale == scales[0] for scale in scales):
-            return scales[0]
-        return torch.cat([slab.scale.expand(slab.rows, 1) for slab in self.slabs])
+    def scaling(self) -> tuple[Tensor, Block | None]:
+        """The scale of the whole matrix, and what shares one where that is a block; see `stacking.stack_scales`."""
+        return stack_scales([slab.scaled_rows for slab in self.slabs], self.slabs[0].entry.shape[-1], self.ours)
 
     @property
     def input_scale(self) -> Tensor | None:
@@ -98,7 +97,7 @@ class Origin:
 
     @property
     def stretches(self) -> tuple[Stretch, ...]:
-        """The slabs' branches, for `branches.join`."""
+        """The slabs' branches, for `stacking.stack_branches`."""
         return tuple(
             Stretch(None if slab.rule is None else slab.rule.low_rank, slab.start, slab.stop) for slab in self.slabs
         )
@@ -106,9 +105,11 @@ class Origin:
     @property
     def spec(self) -> LinearSpec:
         """How the layer that this is the FP8 matrix of keeps it."""
+        scale, block = self.scaling
         return LinearSpec(
             format=FORMATS[torch_dtype(self.slabs[0].entry)],
-            granularity="row" if self.scale.ndim else "tensor",
+            granularity="block" if block else "row" if scale.ndim else "tensor",
+            block=block or BLOCK,
             input_scale=self.input_scale is not None,
             full_precision=any(slab.rule is not None and slab.rule.full_precision for slab in self.slabs),
         )

@@ -196,6 +196,7 @@ def _form(output: LayerOutput) -> LayerForm:
     return LayerForm(
         format=f"float8_{spec.format.name}",
         granularity=spec.granularity,
+        block=spec.block if spec.granularity == "block" else None,
         full_precision=spec.full_precision,
         low_rank=output.low_rank,
     )

@@ -30,6 +30,7 @@ from octavo.checkpoint.octavo_form import LayerForm, LowRank
 from octavo.checkpoint.tensors import TensorFile
 from octavo.errors import CorruptFileError, UnsupportedFormatError
 from octavo.fp8.formats import E4M3FN, E5M2
+from octavo.fp8.scale import Block
 
 METADATA_KEY = "_quantization_metadata"
 FP8_FORMATS: Mapping[str, str] = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}  # name in JSON: dtype in file
@@ -48,7 +49,7 @@ class WeightRule:
     input_scale: Tensor | None = None  # [] float32 on the CPU
     full_precision: bool = False  # the file asks not to multiply in FP8
     low_rank: LowRank | None = None  # a branch to be added to the layer's output
-    block: tuple[int, int] | None = None  # rows and columns that share a scale, where scales are by block
+    block: Block | None = None  # what shares a scale, where scales are by block
 
 
 class ScaleRules:

@@ -9,7 +9,6 @@ scale a matrix, no low-rank branch), in our own form otherwise. In diffusers fol
 our description only where there is something left to say.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,16 +17,17 @@ from typing import Literal, NoReturn
 import torch
 from torch import Tensor
 
-from octavo.checkpoint.branches import Stretch, join
 from octavo.checkpoint.kinds import Kind, Style
 from octavo.checkpoint.layout import Piece, pieces_in
 from octavo.checkpoint.octavo_form import DOWN, UP, LayerForm
 from octavo.checkpoint.plan import Origin, Plan, Slab
 from octavo.checkpoint.rewrite import Rows, Target, made
 from octavo.checkpoint.scales import FP8_DTYPES, FP8_FORMATS
+from octavo.checkpoint.stacking import ScaledRows, Stretch, stack_branches, stack_scales
 from octavo.checkpoint.tensors import TensorFile, torch_dtype
 from octavo.errors import RequestError, UnsupportedFormatError
 from octavo.fp8 import Fp8Linear
+from octavo.fp8.scale import Block
 from octavo.models import MMDiTConfig, VAEConfig
 
 FORMAT_NAMES: Mapping[str, str] = {dtype: name for name, dtype in FP8_FORMATS.items()}
@@ -85,7 +85,7 @@ def translate(
         without: our names of tensors to leave out.
 
     Raises:
-        UnsupportedFormatError: pieces of one matrix differ in dtype, or blocks that share a scale would be cut.
+        UnsupportedFormatError: pieces of one matrix differ in dtype.
         RequestError: `form` cannot say what a layer needs.
     """
     left_out = frozenset(without)
@@ -142,28 +142,19 @@ class _Whole:
 
     @property
     def form(self) -> LayerForm:
-        granularity = "block" if self.block else "row" if self.scale.ndim else "tensor"
+        scale, block = self.scaling
         return LayerForm(
             format=FORMAT_NAMES[self.cuts[0].slab.entry.dtype],
-            granularity=granularity,
-            block=self.block,
+            granularity="block" if block else "row" if scale.ndim else "tensor",
+            block=block,
             full_precision=any(rule.full_precision for rule in self.rules),
             low_rank=self.rank,
         )
 
-    @property
-    def block(self) -> tuple[int, int] | None:
-        return next((rule.block for rule in self.rules if rule.block is not None), None)
-
-    @property
-    def scale(self) -> Tensor:
-        """[] where one number serves all rows, else by row or block."""
-        if self.block is not None:
-            return self._block_scale(self.block)
-        scales = [_scale(cut) for cut in self.cuts]
-        if all(scale.ndim == 0 and scale == scales[0] for scale in scales):
-            return scales[0]
-        return torch.cat([scale.expand(cut.rows, 1) for scale, cut in zip(scales, self.cuts, strict=True)])
+    @cached_property
+    def scaling(self) -> tuple[Tensor, Block | None]:
+        """The scale, and what shares one where that is a block; see `stacking.stack_scales`."""
+        return stack_scales([_scaled_rows(cut) for cut in self.cuts], self.shape[-1], self.name)
 
     @property
     def input_scale(self) -> Tensor | None:
@@ -180,7 +171,7 @@ class _Whole:
         yield self._values(dtype)
         if not self.scaled:
             return
-        yield made(f"{self.layer}.weight_scale", self.scale)
+        yield made(f"{self.layer}.weight_scale", self.scaling[0])
         if (input_scale := self.input_scale) is not None:
             yield made(f"{self.layer}.input_scale", input_scale)
         if described:
@@ -213,7 +204,7 @@ class _Whole:
             )
             return Target(name=self.name, dtype=wanted, shape=self.shape, rows=rows)
         (cut,) = self.cuts
-        if self.fp8 and _scale(cut).ndim:
+        if self.fp8 and self.scaling[0].ndim:
             raise UnsupportedFormatError(
                 f"'{self.file.path}' keeps '{cut.slab.entry.name}' as [in, out] with scales by row, which cannot be "
                 "turned. Use a 16-bit version of the model."
@@ -232,28 +223,7 @@ class _Whole:
 
     def _branch(self) -> tuple[Tensor, Tensor]:
         """Down [r, K] and up [N, r]; read anew each time, since those of all layers together are not small."""
-        return join(self.file, [cut.stretch for cut in self.cuts], self._branch_dtype)
-
-    def _block_scale(self, block: tuple[int, int]) -> Tensor:
-        """By block; a matrix can be cut and stacked only between blocks."""
-        parts = []
-        for i, cut in enumerate(self.cuts):
-            start, stop = cut.slab.start + cut.start, cut.slab.start + cut.stop
-            last = i == len(self.cuts) - 1 and stop == cut.slab.entry.shape[0]
-            rule = cut.slab.rule
-            if (
-                rule is None
-                or rule.scale is None
-                or rule.block != block
-                or start % block[0]
-                or (stop % block[0] and not last)
-            ):
-                raise UnsupportedFormatError(
-                    f"'{self.name}' has a scale for each block of {block[0]}x{block[1]}, and would have to be cut or "
-                    "joined inside of blocks. Quantize the model with scales by row, or from its 16-bit version."
-                )
-            parts.append(rule.scale[start // block[0] : math.ceil(stop / block[0])])
-        return torch.cat(parts)
+        return stack_branches(self.file, [cut.stretch for cut in self.cuts], self._branch_dtype)
 
     def _refuse_mixture(self, dtypes: set[str]) -> NoReturn:
         names = ", ".join(f"'{cut.slab.entry.name}' ({cut.slab.entry.dtype})" for cut in self.cuts)
@@ -308,14 +278,15 @@ def _cuts(origin: Origin, start: int, stop: int) -> Iterator[Cut]:
         above += slab.rows
 
 
-def _scale(cut: Cut) -> Tensor:
-    """[] or [rows, 1]. Where a piece is cut out and all its rows have the same scale, that is its scale."""
-    scale = cut.slab.scale
-    if scale.ndim == 0:
-        return scale
-    rows = scale[cut.start : cut.stop]
-    part_of_it = cut.rows < cut.slab.entry.shape[0]
-    return rows[0, 0] if part_of_it and bool((rows == rows[0]).all()) else rows
+def _scaled_rows(cut: Cut) -> ScaledRows:
+    """Where a piece is cut out and all its rows have the same scale, that is its scale."""
+    start, stop = cut.slab.start + cut.start, cut.slab.start + cut.stop
+    rows = cut.slab.scaled_rows._replace(start=start, stop=stop, ends=stop == cut.slab.entry.shape[0])
+    if rows.scale.ndim and rows.block is None and cut.rows < cut.slab.entry.shape[0]:
+        mine = rows.scale[start:stop]
+        if bool((mine == mine[0]).all()):
+            return rows._replace(scale=mine[0, 0])
+    return rows
 
 
 def _fitting_form(whole: Sequence[_Whole], style: Style) -> Form:
