@@ -29,6 +29,7 @@ TITLES: Mapping[Kind, str] = {
 }
 
 CONFIG_KEY = "octavo.config"
+WORDS_KEY = "octavo.words"  # in the header of the embedded model and all made of it: the words it understands
 
 # Prefixes under which parts are found, the more telling first; the empty one is that of files with one part.
 MMDIT_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from octavo.checkpoint.kinds import WORDS_KEY
 from octavo.checkpoint.presets import Preset, preset_for
 from octavo.checkpoint.source import Source
 from octavo.compress.blocks import BlockStream
@@ -18,8 +19,6 @@ from octavo.pipeline.assemble import load
 from octavo.pipeline.components import SPARE, Components
 from octavo.pipeline.encode import Conditioning, encode
 from octavo.pipeline.latents import FACTOR
-
-WORDS_KEY = "octavo.words"  # all that a small model understands; real ones have no such list
 
 
 @dataclass(frozen=True, slots=True)

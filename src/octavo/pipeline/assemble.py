@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.checkpoint.folders import EMBEDDED, MODELS, Folders
-from octavo.checkpoint.kinds import Kind
+from octavo.checkpoint.kinds import WORDS_KEY, Kind
 from octavo.checkpoint.presets import preset_for
 from octavo.checkpoint.source import Located, Source, open_source
 from octavo.checkpoint.tensors import open_tensors
@@ -90,12 +90,13 @@ def load(
     of_encoders = replace(arithmetic, force=_format(force_fp8_text_encoders))
     folders = Folders.standard(None if models_dir is None else Path(models_dir))
     path = EMBEDDED_MODEL if model is None else folders.find(os.fspath(model), *MODELS)
-    embedded = path.is_relative_to(EMBEDDED)
     chosen_device = pick_device(device)
     chosen_dtype = pick_dtype(dtype, chosen_device)
     chosen = [open_source(folders.find(os.fspath(name), "text_encoders", "checkpoints")) for name in text_encoders]
     chosen_vae = [] if vae is None else [open_source(folders.find(os.fspath(vae), "vae", "checkpoints"))]
     own = open_source(path)
+    # What was made of the embedded model, such as an FP8 file of it, belongs to it wherever it lies.
+    embedded = any(WORDS_KEY in file.metadata for file in own.files)
 
     located = own.require("mmdit")
     mmdit: Part[MMDiT] = Part(located, chosen_device, chosen_dtype, arithmetic)
