@@ -1,6 +1,8 @@
 """Conversion: where it may write, what it refuses, and that a failure leaves no trace."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,3 +102,32 @@ def test_a_disk_without_room_is_found_before_a_byte_is_written(
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1000))
     for to in ("out.safetensors", "out"):
         refused(single, tmp_path / to, CheckpointError, "needs .* GB, but its disk has")
+
+
+MEMORY = """
+import sys, torch
+from pathlib import Path
+from octavo.checkpoint.convert import Wishes, plan_conversion
+from octavo.checkpoint.source import open_source
+
+def peak():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM:"))
+
+torch.zeros(1 << 20).to(torch.float16)  # whatever torch loads at first use
+with open_source(Path(sys.argv[1])) as source:
+    conversion = plan_conversion(source, Path(sys.argv[2]), Wishes(dtype=torch.float32))
+    before = peak()
+    conversion.run()
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak")
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """A table of positions of 38 MB, 75 MB as float32: what is held are some chunks of 4 MB, read and cast."""
+    tensors = tiny("mmdit")
+    tensors["pos_embed"] = torch.zeros(1, 384 * 384, 128, dtype=torch.float16)
+    save_safetensors(tmp_path / "a.safetensors", tensors)
+    words = [sys.executable, "-c", MEMORY, str(tmp_path / "a.safetensors"), str(tmp_path / "folder")]
+    grown = int(subprocess.run(words, capture_output=True, text=True, check=True, timeout=120).stdout)
+    assert grown < 32 << 20
