@@ -15,6 +15,8 @@ from octavo import errors
 from octavo._version import __version__
 
 if TYPE_CHECKING:
+    from octavo.compress.job import quantize_checkpoint
+    from octavo.compress.settings import QuantizeSettings
     from octavo.pipeline.assemble import load
     from octavo.pipeline.components import Components
     from octavo.pipeline.generate import generate, generate_each
@@ -25,11 +27,13 @@ __all__ = [
     "Components",
     "GenerateRequest",
     "Picture",
+    "QuantizeSettings",
     "__version__",
     "errors",
     "generate",
     "generate_each",
     "load",
+    "quantize_checkpoint",
 ]
 
 _HOMES = {
@@ -39,6 +43,9 @@ _HOMES = {
     "generate_each": "octavo.pipeline.generate",
     "Picture": "octavo.pipeline.image",
     "GenerateRequest": "octavo.pipeline.request",
+    # Not `quantize`: that is the room of this name, and would be one or the other by who was imported first.
+    "quantize_checkpoint": "octavo.compress.job",
+    "QuantizeSettings": "octavo.compress.settings",
 }
 
 

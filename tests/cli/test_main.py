@@ -21,12 +21,12 @@ def test_help_names_every_command_and_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     done = octavo_command("--help")
     assert done.returncode == 0
-    for command in ("generate", "info", "models", "pull", "train"):
+    for command in ("generate", "info", "models", "pull", "quantize", "recipes", "train"):
         assert command in done.stdout
 
 
 def test_help_of_every_command_teaches() -> None:
-    for command in ("generate", "info", "models", "pull", "train"):
+    for command in ("generate", "info", "models", "pull", "quantize", "recipes", "train"):
         done = octavo_command(command, "--help")
         assert done.returncode == 0, done.stderr
         assert "Usage" in done.stdout

@@ -127,7 +127,7 @@ def generate(
         "schedule": schedule, "shift": shift, "seed": seed, "batch": batch, "guidance_rescale": rescale,
         "clip_skip": clip_skip, "denoise": denoise if denoise is not None else (0.6 if image else None),
         "image": str(image) if image else None,
-        **_size(size), **_interval(guidance_interval), **_skip_layers(slg),
+        **parse_size(size), **_interval(guidance_interval), **_skip_layers(slg),
     }  # fmt: skip
     requests = _requests(_texts(prompt, prompts), repeat, given)
     if out is not None and _is_file(out):
@@ -217,7 +217,8 @@ def _requests(texts: list[str], repeat: Path | None, given: dict[str, Any]) -> l
     return [GenerateRequest(prompt=text, **given) for text in texts]
 
 
-def _size(text: str | None) -> dict[str, int]:
+def parse_size(text: str | None) -> dict[str, int]:
+    """`1024x768` as settings; none where nothing is given."""
     if text is None:
         return {}
     width, _, height = text.lower().replace("×", "x").partition("x")

@@ -13,6 +13,8 @@ from octavo._version import __version__
 from octavo.cli import compare as comparing
 from octavo.cli import convert as converting
 from octavo.cli import evaluate as evaluating
+from octavo.cli import quantize as quantizing
+from octavo.cli import recipes as cooking
 from octavo.cli.arithmetic import plain_words
 from octavo.cli.generate import EPILOG, generate
 from octavo.cli.info import info
@@ -38,6 +40,8 @@ app.command(epilog=converting.EPILOG)(converting.convert)
 app.command()(info)
 app.command()(models)
 app.command()(pull)
+app.command(epilog=quantizing.EPILOG)(quantizing.quantize)
+app.command(epilog=cooking.EPILOG)(cooking.recipes)
 app.add_typer(train, name="train")
 
 

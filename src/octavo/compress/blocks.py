@@ -18,6 +18,7 @@ from octavo.checkpoint.plan import Origin, plan_part
 from octavo.checkpoint.source import Located
 from octavo.checkpoint.tensors import torch_dtype
 from octavo.devices import free_bytes
+from octavo.errors import RequestError
 from octavo.models import MMDiT, MMDiTConfig
 from octavo.sampling.flow import timestep
 
@@ -68,10 +69,19 @@ class BlockStream:
         plan: of the part.
         model: on the meta device, but for the stages that are loaded.
         stages: their names in order: what embeds the inputs, the blocks, the final layer.
+
+    Raises:
+        RequestError: the model is in FP8 already.
+        CheckpointError: what `plan_part` finds wrong with it.
     """
 
     def __init__(self, located: Located, device: torch.device, dtype: torch.dtype, *, keep: bool | None = None) -> None:
         self.plan = plan_part(located)
+        if self.plan.fp8_form is not None:
+            raise RequestError(
+                f"'{located.file.path}' is FP8 already ({self.plan.fp8_form}). What rounding took cannot be brought "
+                "back: quantize the 16-bit version of the model."
+            )
         self.model = cast(MMDiT, self.plan.model)
         self.device, self.dtype = device, dtype
         self.nbytes = sum(t.numel() for t in self.model.state_dict().values()) * dtype.itemsize

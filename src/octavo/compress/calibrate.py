@@ -12,7 +12,7 @@ from octavo.compress.blocks import BlockStream
 from octavo.compress.points import Points, Runs, find_points, identity_of, read_conditionings, save_conditionings
 from octavo.compress.progress import Report
 from octavo.compress.prompts import calibration_prompts, read_prompts
-from octavo.compress.settings import Settings
+from octavo.compress.settings import QuantizeSettings
 from octavo.devices import free_bytes, whole_processor
 from octavo.errors import RequestError
 from octavo.pipeline.assemble import load
@@ -35,7 +35,7 @@ class Setup:
     prompts: tuple[str, ...]
 
 
-def set_up(source: Source, stream: BlockStream, settings: Settings) -> Setup:
+def set_up(source: Source, stream: BlockStream, settings: QuantizeSettings) -> Setup:
     """The settings of the user over those that suit the model.
 
     Raises:
@@ -67,7 +67,7 @@ def set_up(source: Source, stream: BlockStream, settings: Settings) -> Setup:
     return Setup(runs, preset, embedded, tuple(prompts[: settings.calibration_size]))
 
 
-def find_components(path: Path, settings: Settings) -> Components:
+def find_components(path: Path, settings: QuantizeSettings) -> Components:
     """All parts of the 16-bit model.
 
     Raises:

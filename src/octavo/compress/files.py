@@ -1,6 +1,9 @@
 """The files that a job writes: where, in which form, by which recipe."""
 
+import errno
 import math
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +16,8 @@ from octavo.checkpoint.quantized import LayerOutput, Output, OutputForm, plan_ou
 from octavo.compress.blocks import BlockStream
 from octavo.compress.gate import Verdict
 from octavo.compress.layers import outputs_of
-from octavo.compress.settings import Settings
-from octavo.errors import OctavoError, RequestError
+from octavo.compress.settings import QuantizeSettings
+from octavo.errors import CheckpointError, OctavoError, RequestError
 from octavo.quantize import Recipe
 
 SUFFIX = ".safetensors"
@@ -64,6 +67,26 @@ class File:
         """Whether there are layers whose inputs are rounded when they are multiplied in FP8."""
         return any(not layer.spec.full_precision for layer in self.layers.values())
 
+    def put_in_place(self) -> None:
+        """Let the finished file appear where it shall be, all at once.
+
+        Raises:
+            CheckpointError: it cannot; it stays where it is.
+        """
+        try:
+            self.place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.replace(self.part, self.place)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                # The work was on another disk.
+                beside = self.place.with_name(f".{self.place.name}.new")
+                shutil.copyfile(self.part, beside)
+                os.replace(beside, self.place)
+        except OSError as error:
+            raise CheckpointError(f"'{self.place}' cannot be written: {error.strerror or error}.") from error
+
     def nbytes_of(self, tensor: str) -> int:
         dtype, shape = self.output.layout[tensor]
         return math.prod(shape) * dtype.itemsize
@@ -87,7 +110,7 @@ class File:
         )
 
 
-def targets(source: Path, out: Path, settings: Settings) -> list[Path]:
+def targets(source: Path, out: Path, settings: QuantizeSettings) -> list[Path]:
     """Where the files go.
 
     Raises:

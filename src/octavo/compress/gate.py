@@ -14,7 +14,7 @@ from PIL import Image
 
 from octavo.compress.calibrate import Setup
 from octavo.compress.prompts import gate_prompts
-from octavo.compress.settings import Settings
+from octavo.compress.settings import QuantizeSettings
 from octavo.devices import free_bytes
 from octavo.pipeline.assemble import load
 from octavo.pipeline.components import SPARE, Components
@@ -57,10 +57,8 @@ class Verdict:
         return f"{self.mean:.2f} dB from the 16-bit model over {len(self.decibels)} pictures{bound}"
 
 
-def reason_to_skip(components: Components | None) -> str | None:
-    """Why the 16-bit model cannot draw here; None if it can. `components` is None where parts of it are missing."""
-    if components is None:
-        return "text encoders or VAE are missing, so that no pictures can be drawn"
+def reason_to_skip(components: Components) -> str | None:
+    """Why the 16-bit model cannot draw here; None if it can."""
     free = free_bytes(components.device)
     needed = components.mmdit.nbytes + SPARE
     if free is not None and needed > free:
@@ -69,7 +67,7 @@ def reason_to_skip(components: Components | None) -> str | None:
 
 
 def draw(
-    components: Components, setup: Setup, settings: Settings, count: int, done: Callable[[int], object]
+    components: Components, setup: Setup, settings: QuantizeSettings, count: int, done: Callable[[int], object]
 ) -> list[Image.Image]:
     """The gate's pictures by this model; its memory is free again afterwards."""
     runs, pictures = setup.runs, list[Image.Image]()
@@ -98,7 +96,7 @@ def draw(
     return pictures
 
 
-def quantized_components(path: Path, of: Components, settings: Settings, *, rounds_inputs: bool) -> Components:
+def quantized_components(path: Path, of: Components, settings: QuantizeSettings, *, rounds_inputs: bool) -> Components:
     """The quantized file at `path` with the encoders and the VAE of the 16-bit model `of`.
 
     Args:

@@ -28,10 +28,10 @@ from octavo.compress.layers import quantized_layers
 from octavo.compress.points import Points
 from octavo.compress.progress import Phase, Progress, Report
 from octavo.compress.sensitivity import keep_under, measured
-from octavo.compress.settings import Settings
+from octavo.compress.settings import QuantizeSettings
 from octavo.compress.work import Work, identity_of
 from octavo.devices import pick_device, pick_dtype, whole_processor
-from octavo.errors import GateError, ModelNotFoundError
+from octavo.errors import CheckpointError, GateError, ModelNotFoundError
 from octavo.pipeline.components import Components
 from octavo.quantize import Sensitivity
 
@@ -51,7 +51,7 @@ class Summary:
 def quantize_checkpoint(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    settings: Settings | None = None,
+    settings: QuantizeSettings | None = None,
     *,
     watch: Callable[[Progress], object] = lambda _: None,
 ) -> Summary:
@@ -71,7 +71,7 @@ def quantize_checkpoint(
         GateError: the pictures of the result are too far from the original's; no file is written.
     """
     started = time.monotonic()
-    settings = settings or Settings()
+    settings = settings or QuantizeSettings()
 
     def report(phase: Phase, done: int, total: int) -> None:
         watch(Progress(phase, done, total))
@@ -85,11 +85,9 @@ def quantize_checkpoint(
         located = opened.require("mmdit")
         stream = BlockStream(located, device, pick_dtype(settings.dtype, device))
         setup = set_up(opened, stream, settings)
-        planned = [
-            plan_file(stream, place, form, recipe) for place, (form, recipe) in zip(places, recipes, strict=True)
-        ]
+        planned = [plan_file(stream, place, *asked) for place, asked in zip(places, recipes, strict=True)]
         calibrated = any(file.recipe.needs_calibration for file in planned) or settings.must_measure
-        components = _components(path, settings, needed=calibrated)
+        components, lacking = _components(path, settings, needed=calibrated)
         identity = identity_of(opened)
         folder = settings.work or places[0].with_name(f".{places[0].name}.work")
         with Work(folder, identity, keep=settings.work is not None) as work:
@@ -113,11 +111,12 @@ def quantize_checkpoint(
             ]
             _write(stream, files, points, report)
             stream.release()
+            points = None
 
             # Whether they are good enough
-            _judge(components, files, setup, settings, report)
+            _judge(components, lacking, files, setup, settings, report)
             for file in files:
-                os.replace(file.part, file.place)
+                file.put_in_place()
         return Summary(
             source=path,
             source_bytes=sum(entry.nbytes for entry in located.file.entries.values()),
@@ -128,14 +127,14 @@ def quantize_checkpoint(
         )
 
 
-def _components(path: Path, settings: Settings, *, needed: bool) -> Components | None:
-    """The parts of the 16-bit model; None where some are missing that are not needed."""
+def _components(path: Path, settings: QuantizeSettings, *, needed: bool) -> tuple[Components | None, str]:
+    """The parts of the 16-bit model; or, where they need not be had, why they cannot."""
     try:
-        return find_components(path, settings)
-    except ModelNotFoundError:
+        return find_components(path, settings), ""
+    except (ModelNotFoundError, CheckpointError) as error:
         if needed:
             raise
-        return None
+        return None, str(error)
 
 
 @torch.inference_mode()
@@ -173,13 +172,24 @@ def _write(stream: BlockStream, files: Sequence[File], points: Points | None, re
 
 
 def _judge(
-    components: Components | None, files: Sequence[File], setup: Setup, settings: Settings, report: Report
+    components: Components | None,
+    lacking: str,
+    files: Sequence[File],
+    setup: Setup,
+    settings: QuantizeSettings,
+    report: Report,
 ) -> None:
-    """Let each file draw beside the 16-bit model; raise a GateError where one is too far off, unless forced."""
+    """Let each file draw beside the 16-bit model; raise a GateError where one is too far off, unless forced.
+
+    Args:
+        lacking: why there are no `components`, if there are none.
+    """
     bounds = [file.recipe.min_psnr if settings.min_psnr is None else settings.min_psnr for file in files]
     wanted = any(bound is not None for bound in bounds) or any(file.recipe.needs_calibration for file in files)
     count = (gate.PICTURES if wanted else 0) if settings.gate is None else settings.gate
-    skipped = gate.reason_to_skip(components) if count else "no pictures were asked for; --gate 8 draws some"
+    skipped = None if count else "no pictures were asked for; --gate 8 draws some"
+    if skipped is None:
+        skipped = f"no pictures can be drawn. {lacking}" if components is None else gate.reason_to_skip(components)
     for file, bound in zip(files, bounds, strict=True):
         file.verdict = Verdict(bound=bound, skipped=skipped)
     if skipped is not None or components is None:

@@ -15,7 +15,7 @@ from octavo.compress.blocks import Batch, BlockStream
 from octavo.compress.files import File, plan_file
 from octavo.compress.layers import outputs_of, quantized_layers
 from octavo.compress.points import WAVE_BYTES, Points
-from octavo.compress.settings import Settings
+from octavo.compress.settings import QuantizeSettings
 from octavo.devices import whole_processor
 from octavo.errors import RequestError
 from octavo.fp8 import prepare
@@ -63,7 +63,7 @@ def measured(
     stream: BlockStream,
     points: Points | None,
     recipe: Recipe,
-    settings: Settings,
+    settings: QuantizeSettings,
     folder: Path,
     done: Callable[[int, int], object],
 ) -> Sensitivity:
@@ -92,7 +92,7 @@ def measured(
     return sensitivity
 
 
-def keep_under(stream: BlockStream, file: File, sensitivity: Sensitivity, settings: Settings) -> File:
+def keep_under(stream: BlockStream, file: File, sensitivity: Sensitivity, settings: QuantizeSettings) -> File:
     """The file with the most sensitive layers in 16 bits, as many as were asked for.
 
     Raises:

@@ -13,7 +13,7 @@ DEFAULT_RECIPE, COMFY_RECIPE = "best", "comfy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class QuantizeSettings:
     """How a checkpoint is quantized. `None` asks for what suits the model."""
 
     recipe: str | None = None  # name or path of a .toml file
