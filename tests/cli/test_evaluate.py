@@ -83,8 +83,9 @@ def test_models_are_compared_resumed_and_put_beside_pictures_made_elsewhere(run:
         (("evaluate", "tiny", "--report", "out", "--prompts", "none.txt"), "none.txt"),
         (("evaluate", "tiny", "--report", "out", *SMALL, "--lpips", "nowhere"), "alexnet.safetensors"),
         (("evaluate", "tiny", "--report", "prompts.txt/x", *SMALL), "prompts.txt/x"),
-        (("compare", "nowhere", "--report", "out"), "--prompts"),
-        (("compare", "tiny", "--report", "out", "--prompts", "none.txt"), "none.txt"),
+        (("compare", "nowhere", "--report", "out"), "'nowhere' is no report"),
+        (("compare", "diffusers:x", "--report", "out"), "--prompts FILE"),
+        (("compare", "diffusers:x", "--report", "out", "--prompts", "none.txt"), "none.txt"),
     ],
 )
 def test_mistakes_are_told_in_one_message(run: Run, words: tuple[str, ...], told: str) -> None:

@@ -178,6 +178,7 @@ def test_pictures_made_elsewhere_stand_beside_a_report(made: tuple[Comparison, P
     assert prompts == PROMPTS
     foreign = FolderColumn(name="FLUX.1 dev", folder=tmp_path)
     together = compare([*drawn, foreign], prompts, options=OPTIONS)
+    assert together.columns[0].drawn.name == "16-bit"
     assert scores(together, "FLUX.1 dev")["pictures"] == 3
     assert "psnr" not in scores(together, "FLUX.1 dev")
     assert scores(together, "rough") == scores(made[0], "rough")

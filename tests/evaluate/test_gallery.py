@@ -56,11 +56,17 @@ def test_other_settings_are_refused_by_name_until_a_restart(tmp_path: Path) -> N
 
 
 def test_a_restart_removes_nothing_but_what_comparisons_make(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    Gallery(tmp_path, ["a"]).keep_latents(1, torch.ones(1, 16, 2, 2))
-    Gallery(tmp_path, ["b"], restart=True)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-    assert not (tmp_path / "latents").exists()
+    others = [tmp_path / "notes.txt", tmp_path / "pictures" / "holiday" / "1.png", tmp_path / "latents" / "mine.npy"]
+    for path in others:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    gallery = Gallery(tmp_path, ["a"])
+    gallery.keep_latents(1, torch.ones(1, 16, 2, 2))
+    gallery.column("x", {}).add(RED, record(1))
+    again = Gallery(tmp_path, ["b"], restart=True)
+    assert again.latents(1) is None
+    assert not again.column("x", {}).records
+    assert all(path.read_text() == "mine" for path in others)
 
 
 def test_other_prompts_are_refused_and_more_of_them_welcome(tmp_path: Path) -> None:

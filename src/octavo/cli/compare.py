@@ -43,12 +43,14 @@ A folder's pictures belong to the prompts by the numbers that end their names, f
 def compare(
     columns: Annotated[
         list[str],
-        typer.Argument(help="Reports, folders of pictures, diffusers:PATH, models; NAME= may stand before."),
+        typer.Argument(help="Reports, folders of pictures, diffusers:PATH; NAME= may stand before."),
     ],
     report: Report,
     prompts: PromptSource = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first picture a pipeline or model draws.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Steps of pipelines and models that are yet to draw.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the first picture a pipeline draws; the report's if unsaid.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of pipelines; as each of them likes if unsaid.")] = None,
     guidance: Annotated[float | None, typer.Option("--guidance", "-g", help="Their guidance scale.")] = None,
     size: Annotated[str | None, typer.Option("--size", "-s", help="Their width x height in pixels.")] = None,
     clip: Clip = None,
@@ -61,7 +63,7 @@ def compare(
     quiet: Quiet = False,
 ) -> None:
     """Put pictures made elsewhere beside those of a report."""
-    from octavo.evaluate.columns import parse_column
+    from octavo.evaluate.columns import ModelColumn, parse_column
     from octavo.evaluate.comparison import Options, open_report
     from octavo.evaluate.drawn import matched
     from octavo.evaluate.metrics import require_torchmetrics
@@ -72,9 +74,16 @@ def compare(
     chosen: list[Column | Drawn] = []
     for text in columns:
         if not (Path(text) / "report.json").exists():
-            chosen.append(parse_column(text, device=device, dtype=dtype))
+            column = parse_column(text, device=device, dtype=dtype)
+            if isinstance(column, ModelColumn):
+                raise RequestError(
+                    f"'{text}' is no report, no folder of pictures and no diffusers:PATH. Models are drawn by "
+                    "'octavo evaluate', which goes on from its earlier report."
+                )
+            chosen.append(column)
             continue
-        theirs, drawn, _ = open_report(Path(text))
+        theirs, drawn, told = open_report(Path(text))
+        seed = int(told["seed"]) if seed is None else seed
         asked = asked or theirs
         chosen += matched(drawn, theirs, asked, same_reference=not chosen)
     if not asked:
@@ -87,7 +96,7 @@ def compare(
     network, distance = judges(clip, lpips, device)
     options = Options(
         settings={key: value for key, value in settings.items() if value is not None},
-        seed=seed,
+        seed=seed or 0,
         network=network,
         distance=distance,
         reader=reader_for(asked, ocr, console),

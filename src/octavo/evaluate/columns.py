@@ -11,6 +11,7 @@ On the command line a column is
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -65,6 +66,7 @@ class ModelColumn:
             if not self.keep:
                 for part in (components.mmdit, components.vae, *components.encoders):
                     part.release()
+                gc.collect()  # what is left in cycles would count as the next column's memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +148,7 @@ class DiffusersColumn:
         device = pick_device(self.device)
         try:
             pipeline: Any = DiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
-                self.path, torch_dtype=pick_dtype(self.dtype, device)
+                self.path, dtype=pick_dtype(self.dtype, device)
             )
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]

@@ -230,6 +230,7 @@ class Studio:
                 latent_error=None,
             )
             place.add(Picture(image, {**asked.settings, "model": column.path}), made)
+        self.watch(column.name, "draw", len(self.prompts), len(self.prompts))
         column.release()
         numbers = range(1, len(self.prompts) + 1)
         return Drawn(

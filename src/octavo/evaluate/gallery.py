@@ -55,12 +55,12 @@ class Gallery:
     def __init__(self, folder: Path, prompts: Sequence[str], *, restart: bool = False) -> None:
         self.folder = folder
         if restart:
-            for name in ("pictures", "latents", "velocity"):
-                shutil.rmtree(folder / name, ignore_errors=True)
+            _remove_ours(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             listed = folder / "prompts.txt"
-            before = listed.read_text("utf-8").splitlines() if (folder / "pictures").exists() else []
+            drawn = any(folder.glob("pictures/*/column.json"))
+            before = listed.read_text("utf-8").splitlines() if drawn else []
             _check_prompts(folder, before, prompts)
             # A shorter run keeps the longer list: the pictures beyond it are still there.
             lines = [_one_line(prompt) for prompt in prompts]
@@ -156,6 +156,14 @@ def write_text(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.part")
     part.write_text(text, "utf-8")
     part.replace(path)
+
+
+def _remove_ours(folder: Path) -> None:
+    """Remove what comparisons made, and nothing else: a folder called pictures may be anyone's."""
+    for column in folder.glob("pictures/*/column.json"):
+        shutil.rmtree(column.parent)
+    for file in (*folder.glob("latents/[0-9]*.npy"), *folder.glob("velocity/[0-9]*.safetensors")):
+        file.unlink()
 
 
 def _one_line(prompt: str) -> str:

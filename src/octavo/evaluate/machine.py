@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import platform
 from typing import Any
@@ -41,7 +40,6 @@ def _processor() -> str:
 
 def forget_peaks(device: torch.device) -> None:
     """Begin to count peak memory anew, on the host where the system lets a process do so (Linux)."""
-    gc.collect()
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")
     if device.type == "cuda":

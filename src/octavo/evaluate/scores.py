@@ -122,7 +122,7 @@ class Scorer:
         numbers = sorted(number for number in drawn.paths if number <= len(self.prompts))
         by_picture: dict[int, dict[str, float | bool]] = {}
         errors: list[float] = []
-        compared = drawn.same_seed and drawn is not self.reference
+        compared = drawn.same_seed and self.reference.same_seed and drawn is not self.reference
         for done, number in enumerate(numbers):
             self.watch(drawn.name, "score", done, len(numbers))
             pixels = read_pixels(drawn.paths[number])
@@ -175,7 +175,8 @@ class Scorer:
         if len(features) < 2 or len(of_reference) < 2:
             return values
         if drawn is self.reference:
-            values["fid_of_halves"] = fid(features[::2], features[1::2]) if len(features) > 3 else 0.0
+            if len(features) > 3:
+                values["fid_of_halves"] = fid(features[::2], features[1::2])
         else:
             values["fid_to_reference"] = fid(of_reference, features)
             values["cmmd_to_reference"] = cmmd(of_reference, features)
