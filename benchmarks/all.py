@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARKS = ("picture", "embedded", "fp8_linear", "mmdit_step", "load")
+BENCHMARKS = ("picture", "embedded", "judge", "fp8_linear", "mmdit_step", "load")
 
 
 def main() -> None:

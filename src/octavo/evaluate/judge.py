@@ -112,8 +112,8 @@ class Judge(nn.Module):
 
     def matrices(self) -> set[str]:
         """Names of the parameters that Muon is meant for: hidden matrices, no tables and not the first layer."""
-        outer = ("picture.convs.0", "picture.spots", "text.word", "text.position")
-        return {name for name, p in self.named_parameters() if p.ndim >= 2 and not name.startswith(outer)}
+        tables = ("picture.convs.0.", "picture.spots.", "text.word.", "text.position", ".near")
+        return {name for name, p in self.named_parameters() if p.ndim >= 2 and not any(t in name for t in tables)}
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
         """Numbers of the known words, [B, 1 + longest] int64: a start token, the words, zeros up to the longest."""
@@ -164,7 +164,7 @@ def save_judge(judge: Judge, path: Path) -> None:
     from octavo.checkpoint.save import save_safetensors
 
     weights = {name: tensor.half() for name, tensor in judge.state_dict().items()}
-    save_safetensors(path, weights, {VOCABULARY_KEY: json.dumps(judge.vocabulary)})
+    save_safetensors(path, weights, {VOCABULARY_KEY: json.dumps(judge.vocabulary, separators=(",", ":"))})
 
 
 def resized(pixels: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ class PictureEncoder(nn.Module):
         super().__init__()
         # in, out, stride; a layer that changes neither adds to its input.
         layers = ((3, 16, 2), (16, 32, 2), (32, 32, 1), (32, 48, 2), (48, 48, 1))
-        self.convs = nn.ModuleList(nn.Conv2d(c, d, 3, stride=stride, padding=1) for c, d, stride in layers)
+        self.convs = nn.ModuleList(nn.Conv2d(c, d, 3, stride=stride, padding=1, bias=False) for c, d, stride in layers)
         self.norms = nn.ModuleList(nn.GroupNorm(4, d) for _, d, _ in layers)
         self.spots = nn.Linear((SIDE // 8) ** 2, SPOTS)
         self.hidden = nn.Linear(SPOTS * 48, FEATURES)
@@ -219,7 +219,7 @@ class TextEncoder(nn.Module):
     def __init__(self, words: int) -> None:
         super().__init__()
         self.word = nn.Embedding(2 + words, TEXT_WIDTH)
-        self.position = nn.Parameter(0.1 * torch.randn(1 + LONGEST, TEXT_WIDTH))
+        self.position = nn.Parameter(torch.randn(1 + LONGEST, TEXT_WIDTH))
         self.blocks = nn.ModuleList(TextBlock() for _ in range(TEXT_LAYERS))
         self.norm = nn.LayerNorm(TEXT_WIDTH)
         self.out = nn.Linear(TEXT_WIDTH, FEATURES)
@@ -227,9 +227,11 @@ class TextEncoder(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Token numbers [B, L] → features [B, D], not yet of unit length."""
         x = self.word(ids) + self.position[: ids.shape[1]]
-        attend = (ids > 0)[:, None, None, :]
+        padding = torch.where(ids > 0, 0.0, float("-inf"))[:, None, None, :]
+        index = torch.arange(ids.shape[1], device=ids.device)
+        apart = index[:, None] - index + LONGEST  # number of each distance, from -LONGEST to LONGEST
         for block in self.blocks:
-            x = block(x, attend)
+            x = block(x, padding, apart)
         out: Tensor = self.out(self.norm(x[:, 0]))
         return out
 
@@ -241,14 +243,17 @@ class TextBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(TEXT_WIDTH)
         self.qkv = nn.Linear(TEXT_WIDTH, 3 * TEXT_WIDTH)
+        self.near = nn.Parameter(torch.zeros(TEXT_HEADS, 2 * LONGEST + 1))  # added to attention by distance
         self.proj = nn.Linear(TEXT_WIDTH, TEXT_WIDTH)
         self.norm2 = nn.LayerNorm(TEXT_WIDTH)
         self.fc1 = nn.Linear(TEXT_WIDTH, 4 * TEXT_WIDTH)
         self.fc2 = nn.Linear(4 * TEXT_WIDTH, TEXT_WIDTH)
 
-    def forward(self, x: Tensor, attend: Tensor) -> Tensor:
-        """`x` [B, L, width]; `attend` [B, 1, 1, L] is false for padding."""
+    def forward(self, x: Tensor, padding: Tensor, apart: Tensor) -> Tensor:
+        """`x` [B, L, width]; `padding` [B, 1, 1, L] is -inf where there is no word; `apart` [L, L] as in `near`."""
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, TEXT_HEADS, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.proj(F.scaled_dot_product_attention(q, k, v, attend).transpose(1, 2).flatten(2))
+        x = x + self.proj(
+            F.scaled_dot_product_attention(q, k, v, padding + self.near[:, apart]).transpose(1, 2).flatten(2)
+        )
         out: Tensor = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
         return out
