@@ -1,23 +1,26 @@
 """One step of SD3.5 Medium's MMDiT beside diffusers' `SD3Transformer2DModel`: same weights, same inputs, in turns.
 
 A step is everything from latents to velocity, the modulation included. In a run we make the modulation of all steps in
-one call before the first; what that costs, for one step and for a whole run, has lines of its own. Peak memory is taken
-in a process of its own for each. The weights are random.
+one call before the first; what that costs, for one step and for a whole run, has lines of its own. The weights are
+random. Ours runs in float32, with FP8 weights (by row, as --force-fp8 makes them) and with FP8 weights by --fast.
 
 diffusers runs as it comes, and once more inside our `whole_processor`, which tells what of a difference is the
-arithmetic of the processor and what the model.
+arithmetic of the processor and what the model. Peak memory is taken in a process of its own for each, which never holds
+more than its own model.
 
     python -m benchmarks.mmdit_step                  # 256×256 px, 154 text tokens, batch 2, float32, 2 threads
     python -m benchmarks.mmdit_step --threads 1      # processor seconds, the fairer measure beside other work
     python -m benchmarks.mmdit_step --depth 4        # a quick look at a few blocks
+    python -m benchmarks.mmdit_step --only octavo_fp8 octavo_fast diffusers
 """
 
 import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -25,11 +28,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import in_own_process, interleave, measure, peak_memory, ratio, report
+from octavo.checkpoint.force import BY_ROW, KEPT, quantize_into
 from octavo.devices import whole_processor
+from octavo.fp8 import Fp8Linear, Mode, prepare
 from octavo.models import MMDiT, MMDiTConfig
+from octavo.quantize import convert
 
 RUN_STEPS = 28  # a usual number for Medium
-WEIGHED = ("octavo", "diffusers")
+FP8: Mapping[str, Mode] = {"octavo_fp8": "exact", "octavo_fast": "fast"}
+VARIANTS = ("diffusers", "diffusers_whole_processor", "octavo", *FP8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,35 +59,61 @@ def main() -> None:
 
     clock = time.thread_time if options.threads == 1 else time.perf_counter
     conditions = {"shape": _shape(options), "dtype": "float32", "clock": clock.__name__}
-    mmdit, inputs = random_mmdit(options.depth), random_inputs(options)
-    peer = as_diffusers(mmdit)
-    steps = {
-        "octavo": octavo_step(mmdit, inputs),
-        "diffusers": diffusers_step(peer, inputs),
-        "diffusers_whole_processor": whole_processor()(diffusers_step(peer, inputs)),
-    }
+    inputs = random_inputs(options)
+    steps = dict(make_steps(options, inputs))
     velocities = {name: step() for name, step in steps.items()}  # warms up, too
-    difference = (velocities["octavo"] - velocities["diffusers"]).abs().max().item()
     timings = interleave(steps, warmup=0, repeats=options.repeats, clock=clock)
+    reference = next((name for name in VARIANTS if name in velocities), None)
+    assert reference is not None
     for name, timing in timings.items():
-        report(f"mmdit_step.{name}", "s", timing, **conditions)
-    for peer_name in ("diffusers", "diffusers_whole_processor"):
-        versus = ratio(timings["octavo"], timings[peer_name])
-        report("mmdit_step.ratio", f"octavo / {peer_name}", versus, largest_difference=difference, **conditions)
+        error = float((velocities[name] - velocities[reference]).norm() / velocities[reference].norm())
+        report(f"mmdit_step.{name}", "s", timing, relative_difference=float(f"{error:.3g}"), **conditions)
+    for ours in (name for name in timings if name.startswith("octavo")):
+        for peer in (name for name in timings if name.startswith("diffusers")):
+            report(f"mmdit_step.{ours}.ratio", f"{ours} / {peer}", ratio(timings[ours], timings[peer]), **conditions)
+    del steps
 
-    for count in (1, RUN_STEPS):
-        pooled = inputs.pooled.repeat(count, 1)
-        make = whole_processor()(partial(mmdit.modulation, torch.linspace(1000, 1, len(pooled)), pooled))
-        modulation = measure(make, warmup=1, repeats=3, clock=clock)
-        report("mmdit_step.modulation", "s", modulation, steps=count, **conditions)
-    del mmdit, peer, steps, make  # two more models are to come
+    for name in [name for name in ("octavo", *FP8) if name in timings]:
+        mmdit = _model(name, options)
+        for count in (1, RUN_STEPS):
+            pooled = inputs.pooled.repeat(count, 1)
+            make = whole_processor()(partial(mmdit.modulation, torch.linspace(1000, 1, len(pooled)), pooled))
+            modulation = measure(make, warmup=1, repeats=3, clock=clock)
+            report(f"mmdit_step.{name}.modulation", "s", modulation, steps=count, **conditions)
+        del mmdit, make
 
-    weighed = {name: in_own_process("benchmarks.mmdit_step", _forward(options, name)) for name in WEIGHED}
+    names = [name for name in timings if name != "diffusers_whole_processor"]
+    weighed = {name: in_own_process("benchmarks.mmdit_step", _forward(options, name)) for name in names}
     for name, bytes in weighed.items():
         beside = (bytes["peak"] - bytes["weights"]) / 1e9
         report(f"mmdit_memory.{name}", "GB", bytes["peak"] / 1e9, beside_weights=round(beside, 3), **conditions)
-    share = weighed["octavo"]["peak"] / weighed["diffusers"]["peak"]
-    report("mmdit_memory.ratio", "octavo / diffusers", share, **conditions)
+    for name in names:
+        if name != "diffusers" and "diffusers" in weighed:
+            share = weighed[name]["peak"] / weighed["diffusers"]["peak"]
+            report(f"mmdit_memory.{name}.ratio", f"{name} / diffusers", share, **conditions)
+
+
+def make_steps(options: argparse.Namespace, inputs: Inputs) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """The variants that are asked for; those in float32 share their weights."""
+    wide = [name for name in options.only if name not in FP8]
+    mmdit = random_mmdit(options.depth) if wide else None
+    for name in options.only:
+        if name in FP8:
+            yield name, octavo_step(fp8_mmdit(options.depth, FP8[name]), inputs)
+        else:
+            assert mmdit is not None
+            yield name, _step(name, mmdit, inputs)
+
+
+def _model(name: str, options: argparse.Namespace) -> MMDiT:
+    return fp8_mmdit(options.depth, FP8[name]) if name in FP8 else random_mmdit(options.depth)
+
+
+def _step(name: str, mmdit: MMDiT, inputs: Inputs) -> Callable[[], Tensor]:
+    if name.startswith("octavo"):
+        return octavo_step(mmdit, inputs)
+    step = diffusers_step(as_diffusers(mmdit), inputs)
+    return whole_processor()(step) if name == "diffusers_whole_processor" else step
 
 
 def octavo_step(mmdit: MMDiT, inputs: Inputs) -> Callable[[], Tensor]:
@@ -120,19 +153,51 @@ def random_inputs(options: argparse.Namespace) -> Inputs:
 
 def random_mmdit(depth: int) -> MMDiT:
     """SD3.5 Medium with its first `depth` blocks, weights scaled so that activations keep their size."""
+    mmdit = _on_meta(depth)
+    mmdit.to_empty(device="cpu")
+    tile = _tile()
+    for weight in mmdit.parameters():
+        _fill(weight, tile)
+    return mmdit
+
+
+def fp8_mmdit(depth: int, mode: Mode) -> MMDiT:
+    """The same in FP8, made layer by layer as loading does, so that its memory is that of a loaded model.
+
+    That includes the table of positions in float16, as the released file has it.
+    """
+    mmdit, tile = _on_meta(depth), _tile()
+    linears = [name for name, module in mmdit.named_modules() if isinstance(module, nn.Linear)]
+    convert(mmdit, {name: BY_ROW for name in linears if not any(fnmatchcase(name, kept) for kept in KEPT["mmdit"])})
+    for module in mmdit.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            dtype = torch.float16 if name == "pos_embed" else torch.float32
+            new = _fill(torch.empty(weight.shape, dtype=dtype), tile)
+            setattr(module, name, nn.Parameter(new, requires_grad=False))
+        if isinstance(module, Fp8Linear):
+            quantize_into(module, _fill(torch.empty(module.q.shape), tile))
+    assert not any(tensor.is_meta for tensor in mmdit.state_dict().values())
+    prepare(mmdit, "cpu", torch.float32, mode=mode)
+    return mmdit
+
+
+def _on_meta(depth: int) -> MMDiT:
     medium = MMDiTConfig.medium()
     dual = tuple(i for i in medium.dual_attention if i < depth)
     with torch.device("meta"):
-        mmdit = MMDiT(replace(medium, depth=depth, dual_attention=dual))
-    mmdit.to_empty(device="cpu")
-    # One drawn tile serves all weights: values hardly matter to time, and billions take a while to draw.
-    tile = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))
-    for weight in mmdit.parameters():
-        for start in range(0, weight.numel(), len(tile)):
-            part = weight.view(-1)[start : start + len(tile)]
-            part.copy_(tile[: len(part)])
-        weight.mul_(1 / math.sqrt(weight[0].numel()))
-    return mmdit
+        return MMDiT(replace(medium, depth=depth, dual_attention=dual))
+
+
+def _tile() -> Tensor:
+    """One drawn tile serves all weights: values hardly matter to time, and billions take a while to draw."""
+    return torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))
+
+
+def _fill(weight: Tensor, tile: Tensor) -> Tensor:
+    for start in range(0, weight.numel(), len(tile)):
+        part = weight.view(-1)[start : start + len(tile)]
+        part.copy_(tile[: len(part)])
+    return weight.mul_(1 / math.sqrt(weight[0].numel()))
 
 
 def as_diffusers(mmdit: MMDiT) -> nn.Module:
@@ -218,9 +283,11 @@ def _scale_first(weight: Tensor) -> Tensor:
 
 def _weigh(options: argparse.Namespace) -> int:
     """Take a step of one model, alone in this process; returns the bytes of its weights."""
-    mmdit, inputs = random_mmdit(options.depth), random_inputs(options)
-    weights = sum(weight.nbytes for weight in mmdit.parameters())
-    step = octavo_step(mmdit, inputs) if options.weigh == "octavo" else diffusers_step(as_diffusers(mmdit), inputs)
+    mmdit, inputs = _model(options.weigh, options), random_inputs(options)
+    weights = 0
+    for tensor in mmdit.state_dict().values():  # of a twin, the FP8 weight whose place it takes, byte for byte
+        weights += tensor.nbytes
+    step = _step(options.weigh, mmdit, inputs)
     del mmdit
     step()
     return weights
@@ -243,7 +310,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--weigh", choices=WEIGHED, help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=VARIANTS, help="these variants")
+    parser.add_argument("--weigh", choices=VARIANTS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
