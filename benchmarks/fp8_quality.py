@@ -18,7 +18,7 @@ from octavo.checkpoint.load import load_mmdit
 from octavo.checkpoint.save import save_safetensors
 from octavo.checkpoint.tensors import open_tensors
 from octavo.compress.job import quantize_checkpoint
-from octavo.compress.settings import FileForm, Settings, readable_by_comfyui
+from octavo.compress.settings import FileForm, QuantizeSettings, readable_by_comfyui
 from octavo.evaluate.columns import ModelColumn
 from octavo.evaluate.comparison import ColumnResult, compare
 from octavo.evaluate.prompt_set import builtin_prompts
@@ -66,7 +66,7 @@ def quantized(source: Path, recipe: str, folder: Path, calibration_size: int) ->
     path = folder / f"{recipe}.safetensors"
     if not path.exists():
         form: FileForm = "comfyui" if readable_by_comfyui(load_recipe(recipe)) else "octavo"
-        settings = Settings(recipe=recipe, form=form, calibration_size=calibration_size, gate=0, force=True)
+        settings = QuantizeSettings(recipe=recipe, form=form, calibration_size=calibration_size, gate=0, force=True)
         quantize_checkpoint(source, path, settings)
     return path
 
