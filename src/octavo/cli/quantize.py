@@ -42,6 +42,9 @@ PHASES = {
     "trajectories": "Drawing them, to see what the model sees",
     "sensitivity": "Measuring what each layer costs",
     "write": "Quantizing",
+    "record": "Fine-tuning: what the 16-bit model answers",
+    "judge": "Fine-tuning: how close the FP8 model is",
+    "train": "Fine-tuning",
     "gate": "Drawing pictures to judge by",
 }
 
@@ -122,6 +125,14 @@ def quantize(
             rich_help_panel=QUALITY,
         ),
     ] = None,
+    finetune: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Steps of training by the 16-bit model's answers, after the calibration; 0 is none.",
+            rich_help_panel=QUALITY,
+        ),
+    ] = 0,
     text_encoder: Annotated[
         list[str] | None,
         typer.Option(help="Encoder to use instead of those found; may be repeated.", rich_help_panel=MODEL),
@@ -176,6 +187,7 @@ def quantize(
         sensitivity=sensitivity,
         min_psnr=min_psnr,
         gate=gate,
+        finetune=finetune,
         work=work,
         force=force,
         **parse_size(size),
@@ -201,6 +213,8 @@ def _lines(summary: Summary) -> Iterator[str]:
             more = f" and {len(file.kept) - SHOWN} more" if len(file.kept) > SHOWN else ""
             yield f"  in 16 bits: {', '.join(file.kept[:SHOWN])}{more}"
         yield f"  {file.verdict}"
+    if summary.finetuned is not None:
+        yield f"fine-tuned: {summary.finetuned}"
     again = ", going on with what an earlier run had done" if summary.resumed else ""
     yield f"{_duration(summary.seconds)}{again}"
 

@@ -47,7 +47,13 @@ class File:
     recipe: Recipe
     output: Output
     layers: Mapping[str, LayerOutput]
+    tuned: Path | None = None  # the fine-tuned file, made of `part`
     verdict: Verdict = field(default_factory=Verdict)
+
+    @property
+    def result(self) -> Path:
+        """The file as it is to be."""
+        return self.part if self.tuned is None else self.tuned
 
     @property
     def complete(self) -> bool:
@@ -76,13 +82,13 @@ class File:
         try:
             self.place.parent.mkdir(parents=True, exist_ok=True)
             try:
-                os.replace(self.part, self.place)
+                os.replace(self.result, self.place)
             except OSError as error:
                 if error.errno != errno.EXDEV:
                     raise
                 # The work was on another disk.
                 beside = self.place.with_name(f".{self.place.name}.new")
-                shutil.copyfile(self.part, beside)
+                shutil.copyfile(self.result, beside)
                 os.replace(beside, self.place)
         except OSError as error:
             raise CheckpointError(f"'{self.place}' cannot be written: {error.strerror or error}.") from error

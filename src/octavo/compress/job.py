@@ -23,11 +23,12 @@ from octavo.compress import gate
 from octavo.compress.blocks import BlockStream
 from octavo.compress.calibrate import Setup, calibrate, find_components, set_up
 from octavo.compress.files import File, Written, plan_file, targets
+from octavo.compress.finetune import Result, finetune_checkpoint
 from octavo.compress.gate import Verdict
 from octavo.compress.layers import quantized_layers
 from octavo.compress.points import Points
 from octavo.compress.progress import Phase, Progress, Report
-from octavo.compress.sensitivity import keep_under, measured
+from octavo.compress.sensitivity import keep_under, measured, spare_weights
 from octavo.compress.settings import QuantizeSettings
 from octavo.compress.work import Work, identity_of
 from octavo.devices import pick_device, pick_dtype, whole_processor
@@ -46,6 +47,7 @@ class Summary:
     seconds: float
     resumed: bool  # whether the work of an interrupted job was gone on with
     sensitivity: Sensitivity | None
+    finetuned: Result | None  # what training came to
 
 
 def quantize_checkpoint(
@@ -112,6 +114,7 @@ def quantize_checkpoint(
             _write(stream, files, points, report)
             stream.release()
             points = None
+            finetuned = [_finetune(path, file, setup, settings, folder, report) for file in files]
 
             # Whether they are good enough
             _judge(components, lacking, files, setup, settings, report)
@@ -124,6 +127,7 @@ def quantize_checkpoint(
             seconds=time.monotonic() - started,
             resumed=work.resumed,
             sensitivity=sensitivity,
+            finetuned=next((each for each in finetuned if each is not None), None),
         )
 
 
@@ -171,6 +175,35 @@ def _write(stream: BlockStream, files: Sequence[File], points: Points | None, re
                     wrote(sum(map(file.nbytes_of, file.output.layers[name])))
 
 
+def _finetune(
+    teacher: Path, file: File, setup: Setup, settings: QuantizeSettings, folder: Path, report: Report
+) -> Result | None:
+    """Train what is open in a file of our own form; ComfyUI's holds nothing that could be trained apart from it."""
+    if not settings.finetune or file.form != "octavo":
+        return None
+    file.tuned = folder / f"tuned-{file.place.name}"
+    return finetune_checkpoint(
+        teacher,
+        file.part,
+        file.tuned,
+        steps=settings.finetune,
+        prompts=None if settings.prompts is None else setup.prompts,
+        seed=settings.seed,
+        width=setup.runs.width,
+        height=setup.runs.height,
+        sampling_steps=setup.runs.steps,
+        guidance_scale=setup.runs.guidance_scale,
+        text_encoders=settings.text_encoders,
+        vae=settings.vae,
+        models_dir=settings.models_dir,
+        device=settings.device,
+        dtype=settings.dtype,
+        work=folder / "finetune",
+        force=True,
+        watch=lambda progress: report(progress.phase, progress.done, progress.total),
+    )
+
+
 def _judge(
     components: Components | None,
     lacking: str,
@@ -197,7 +230,7 @@ def _judge(
     total = count * (1 + len(files))
     exact = gate.draw(components, setup, settings, count, lambda done: report("gate", done, total))
     for number, (file, bound) in enumerate(zip(files, bounds, strict=True), 1):
-        theirs = gate.quantized_components(file.part, components, settings, rounds_inputs=file.rounds_inputs)
+        theirs = gate.quantized_components(file.result, components, settings, rounds_inputs=file.rounds_inputs)
 
         def drawn(done: int, before: int = number * count) -> None:
             report("gate", before + done, total)

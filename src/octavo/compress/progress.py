@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Phase = Literal["encode", "trajectories", "sensitivity", "write", "finetune", "gate"]
+Phase = Literal["encode", "trajectories", "sensitivity", "write", "record", "train", "judge", "gate"]
 Report = Callable[[Phase, int, int], object]
 """Told the phase, how much of it is done, and of how much."""
 

@@ -93,7 +93,13 @@ def measured(
 
 
 def keep_under(stream: BlockStream, file: File, sensitivity: Sensitivity, settings: QuantizeSettings) -> File:
-    """The file with the most sensitive layers in 16 bits, as many as were asked for.
+    """The file with the most sensitive layers in 16 bits, as many as were asked for."""
+    recipe = file.recipe.with_kept(choose_kept(sensitivity, spare_weights(stream, file, settings)))
+    return plan_file(stream, file.place, file.form, recipe)
+
+
+def spare_weights(stream: BlockStream, file: File, settings: QuantizeSettings) -> float:
+    """How many weights may stay in 16 bits beside those that the recipe keeps.
 
     Raises:
         RequestError: the budget is too small for any file.
@@ -105,12 +111,9 @@ def keep_under(stream: BlockStream, file: File, sensitivity: Sensitivity, settin
                 f"A budget of {settings.budget / 1e9:.3f} GB is too small: with the recipe '{file.recipe.name}' the "
                 f"file takes {file.output.nbytes / 1e9:.3f} GB at least."
             )
-    else:
-        told = file.told(stream)
-        in_16_bits = told.linear_weights - told.fp8_weights
-        spare = (settings.keep_16bit or 0) * told.linear_weights - in_16_bits
-    recipe = file.recipe.with_kept(choose_kept(sensitivity, spare))
-    return plan_file(stream, file.place, file.form, recipe)
+        return spare
+    told = file.told(stream)
+    return (settings.keep_16bit or 0) * told.linear_weights - (told.linear_weights - told.fp8_weights)
 
 
 def _one_by_one(

@@ -35,6 +35,7 @@ class QuantizeSettings:
     sensitivity: Path | None = None  # measured before, or where to put what is measured now
     min_psnr: float | None = None  # dB that the gate asks for; the recipe's own bound if not given
     gate: int | None = None  # pictures that the gate draws; 0 is none
+    finetune: int = 0  # steps of training after the calibration
     work: Path | None = None  # folder for unfinished work, kept; beside the file, and removed, if not given
     force: bool = False  # replace files that are there, and keep those that fail the gate
 
@@ -51,6 +52,10 @@ class QuantizeSettings:
             raise RequestError(f"gate {self.gate}: the number of pictures cannot be negative; 0 is none.")
         if self.gate == 0 and self.min_psnr is not None:
             raise RequestError("min_psnr asks for a gate and gate 0 for none; leave one of them out.")
+        if self.finetune < 0:
+            raise RequestError(f"finetune {self.finetune}: the number of steps cannot be negative; 0 is none.")
+        if self.finetune and self.form == "comfyui":
+            raise RequestError("ComfyUI's form has nothing to fine-tune; write format octavo, or both.")
 
     def recipes(self) -> list[tuple[OutputForm, Recipe]]:
         """The recipe for each file that is to be written.
