@@ -12,6 +12,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -47,6 +48,7 @@ HELD_OUT_SHARE = 0.2  # of the user's prompts, HELD_OUT at most
 POINTS = 8  # questions kept of each run
 UNIT_BATCHES = 4  # that settle the units of what is trained
 MAX_RANK = 256
+SMALL = 100_000_000  # weights of a model up to which a batch's activations fit into any memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,10 +148,6 @@ def finetune_checkpoint(
         device=device,
         dtype=dtype,
     )
-    source, teacher_source = open_source(paths[1]), open_source(paths[0])
-    plan = plan_part(source.require("mmdit"))
-    check_student(plan)
-    _check_pair(components, plan, paths)
     train_on, judge_by = _split(prompts, embedded=components.embedded)
 
     def job(prompt: str, number: int) -> Job:
@@ -165,8 +163,13 @@ def finetune_checkpoint(
 
     jobs = [job(prompt, number) for number, prompt in enumerate([*judge_by, *train_on])]
     folder = work or out.with_name(f".{out.name}.finetune")
-    identity = hashlib.sha256((identity_of(teacher_source) + identity_of(source)).encode()).hexdigest()
-    with Work(folder, identity, keep=work is not None) as place, source, teacher_source:
+    with ExitStack() as stack:
+        exact, source = (stack.enter_context(open_source(path)) for path in paths)
+        plan = plan_part(source.require("mmdit"))
+        check_student(plan)
+        _check_pair(components, plan, paths)
+        place = stack.enter_context(Work(folder, _hash(identity_of(exact), identity_of(source)), keep=work is not None))
+
         # What the teacher says
         recorded = _hash([each.settings for each in jobs], POINTS, str(components.device), str(components.dtype))
         lessons = record(
@@ -223,20 +226,22 @@ def finetune_checkpoint(
         )
         if result.helped:
             said = {"steps": steps, "seed": seed, "learning_rate": learning_rate, "batch": batch, "rank": rank}
-            write_tuned(out, plan, layers, {**said, "teacher": digest_of(teacher_source.files)})
+            write_tuned(out, plan, layers, {**said, "teacher": digest_of(exact.files)})
         else:
             write_same(out, plan)
     return result
 
 
 def _loss_of_step(model: MMDiT, batches: "_Batches") -> Callable[[int], float]:
+    keep = sum(tensor.numel() for tensor in model.state_dict().values()) <= SMALL
+
     def loss_of_step(step: int) -> float:
         """Mean squared error of the velocity; its gradient is left in the parameters."""
         rows, whole = batches.rows(step), 0.0
         with torch.enable_grad(), whole_processor():
             for call in in_calls(rows):
                 wanted = torch.cat([row.velocity for row in call]).to(model.pos_embed.device)
-                error = (velocities(model, call, keep=False) - wanted).square().mean() * (len(call) / len(rows))
+                error = (velocities(model, call, keep=keep) - wanted).square().mean() * (len(call) / len(rows))
                 error.backward()  # type: ignore[no-untyped-call]
                 whole += float(error.detach())
         return whole
