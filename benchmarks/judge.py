@@ -87,13 +87,13 @@ def _report_choices(
     for i, scene in enumerate(scenes):
         for attribute in changeable(scene):
             wrong[attribute].append((i, caption(changed(scene, attribute, rng), rng)))
-    report(f"judge on {of}: similarity to the own caption", "cos·100", float(own.mean()), pictures=len(scenes))
+    report(f"judge on {of}: similarity to the own caption", "100 cos", float(own.mean()), pictures=len(scenes))
     for attribute, cases in wrong.items():
         rows = torch.tensor([i for i, _ in cases])
         other = judge.similarity(pictures[rows], [text for _, text in cases])
         share = float((own[rows] > other).float().mean())
         report(f"judge on {of}: right caption, not one of wrong {attribute}", "share", share, captions=len(cases))
-        report(f"judge on {of}: similarity to a caption of wrong {attribute}", "cos·100", float(other.mean()))
+        report(f"judge on {of}: similarity to a caption of wrong {attribute}", "100 cos", float(other.mean()))
 
 
 def _painted(count: int) -> tuple[Tensor, list[str], list[Scene]]:
