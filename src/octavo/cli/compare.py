@@ -18,11 +18,11 @@ from octavo.cli.evaluate import (
     Restart,
     _console,
     _prompts,
-    _size,
     judges,
     reader_for,
     run,
 )
+from octavo.cli.generate import parse_size
 from octavo.errors import RequestError
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def compare(
         if listed is None:
             raise RequestError("No column says which prompts its pictures show: give a report, or --prompts FILE.")
         asked = _prompts(str(listed), None, embedded=False)
-    settings = {"steps": steps, "guidance_scale": guidance, **_size(size)}
+    settings = {"steps": steps, "guidance_scale": guidance, **parse_size(size)}
     network, distance = judges(clip, lpips, device)
     options = Options(
         settings={key: value for key, value in settings.items() if value is not None},

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from octavo.cli.generate import parse_size
 from octavo.errors import MissingExtraError, RequestError
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def evaluate(
     asked = _prompts(prompts, pictures, embedded=first.load().embedded)
     settings = {
         "steps": steps, "guidance_scale": guidance, "sampler": sampler, "schedule": schedule, "shift": shift,
-        **_size(size),
+        **parse_size(size),
     }  # fmt: skip
     network, distance = judges(clip, lpips, device)
     options = Options(
@@ -180,15 +181,6 @@ def _prompts(source: str | None, count: int | None, *, embedded: bool) -> list[P
     if source in (None, "builtin"):
         return builtin_prompts(count, embedded=embedded)
     return read_prompts(Path(str(source)), count)
-
-
-def _size(text: str | None) -> dict[str, Any]:
-    if text is None:
-        return {}
-    width, _, height = text.lower().replace("×", "x").partition("x")
-    if not (width.strip().isdigit() and (height or width).strip().isdigit()):
-        raise RequestError(f"--size {text}: write width x height in pixels, such as 1024x768.")
-    return {"width": int(width), "height": int(height or width)}
 
 
 def _console(quiet: bool) -> Console:

@@ -22,16 +22,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from octavo.checkpoint.save import save_safetensors
+from octavo.compress.lessons import follow
 from octavo.devices import whole_processor
 from octavo.models import MMDiT
 from octavo.pipeline.components import Components
-from octavo.pipeline.denoise import Question, Track, denoise, make_tables
+from octavo.pipeline.denoise import Track, make_tables
 from octavo.pipeline.generate import prepare
-from octavo.pipeline.latents import latent_shape
 from octavo.pipeline.request import GenerateRequest, Job, resolve
-from octavo.sampling import Guided, get_sampler, sample, schedule
-from octavo.sampling.flow import add_noise
-from octavo.sampling.noise import for_run, initial_noise
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,20 +83,7 @@ def _run(components: Components, job: Job) -> dict[str, Tensor]:
     """One run of the sampler: its questions x [S, 16, h, w] and sigmas [S], and the answers to them."""
     track = prepare(components, job, lambda _progress: None)
     mmdit = components.mmdit()
-    sampler = get_sampler(job.sampler)
-    sigmas = schedule(job.schedule, job.steps, shift=job.shift, discard_penultimate=sampler.discard_penultimate)
-    noise = initial_noise(latent_shape(job.width, job.height), job.seed).to(components.device)
-    x = add_noise(torch.zeros_like(noise), noise, sigmas[0])
-    if not sampler.adaptive:
-        make_tables(mmdit, track, sampler.calls(sigmas, shift=job.shift))
-    asked: list[tuple[Tensor, float]] = []
-
-    def answer(x: Tensor, sigma: float) -> Tensor | Guided:
-        asked.append((x, sigma))
-        (guided,) = denoise(mmdit, [Question(x, sigma, track, sampler.needs_uncond)])
-        return guided if sampler.needs_uncond else guided.denoised
-
-    sample(sampler(x, sigmas, noise=for_run(sampler, x, sigmas, job.seed), shift=job.shift), answer)
+    asked, _latents = follow(mmdit, job, track, components.device)
     kept = _answers(mmdit, track, asked)
     kept["x"] = torch.cat([x for x, _ in asked]).float().cpu()
     kept["sigmas"] = torch.tensor([sigma for _, sigma in asked], dtype=torch.float64)
