@@ -179,6 +179,8 @@ def finetune_checkpoint(
             points=POINTS,
             watch=lambda done: watch(Progress(phase="record", done=done, total=len(jobs))),
         )
+        for part in (*components.encoders, *([] if rank else [components.mmdit])):
+            part.release()
         judged, learnt = lessons[: len(judge_by)], lessons[len(judge_by) :]
 
         # The student as it is
@@ -188,7 +190,7 @@ def finetune_checkpoint(
 
         def judge(done: int) -> Quality:
             watch(Progress(phase="judge", done=done, total=2))
-            return quality(model, components.vae(), judged, jobs[: len(judge_by)])
+            return quality(model, components, judged, jobs[: len(judge_by)])
 
         before = judge(0)
 
@@ -326,6 +328,8 @@ def _check_out(out: Path, paths: Sequence[Path], *, force: bool) -> None:
 
 
 def _check_pair(teacher: Components, student: Plan, paths: Sequence[Path]) -> None:
+    if teacher.dtype == torch.float16:
+        raise RequestError("float16 is too narrow to train in; use --dtype float32 or bfloat16.")
     if teacher.mmdit.fp8_linears:
         raise RequestError(
             f"The teacher '{paths[0].name}' has FP8 weights itself; give the 16-bit model that '{paths[1].name}' was "

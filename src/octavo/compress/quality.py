@@ -10,8 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from octavo.compress.lessons import Lesson, Row, follow
 from octavo.devices import whole_processor
-from octavo.models import VAE, MMDiT
-from octavo.pipeline.decode import decode, to_uint8
+from octavo.models import MMDiT
+from octavo.pipeline.components import Components
+from octavo.pipeline.decode import OVERLAP, TILE, decode, to_uint8
 from octavo.pipeline.denoise import Track
 from octavo.pipeline.encode import Conditioning
 from octavo.pipeline.request import Job
@@ -38,12 +39,12 @@ class Quality:
 
 @torch.inference_mode()
 @whole_processor()
-def quality(mmdit: MMDiT, vae: VAE, lessons: Sequence[Lesson], jobs: Sequence[Job]) -> Quality:
+def quality(mmdit: MMDiT, teacher: Components, lessons: Sequence[Lesson], jobs: Sequence[Job]) -> Quality:
     """Ask `mmdit` what the teacher was asked, and let it draw what the teacher drew.
 
     Args:
         mmdit: on its device, in its dtype.
-        vae: decodes both models' latents.
+        teacher: whose VAE decodes both models' latents.
         lessons: of prompts kept from training.
         jobs: their jobs.
     """
@@ -56,7 +57,9 @@ def quality(mmdit: MMDiT, vae: VAE, lessons: Sequence[Lesson], jobs: Sequence[Jo
         ends = follow(mmdit, job, _track(lesson, job, device), device)[1]
         wanted = lesson.latents().to(device)
         latents.add(ends, wanted)
-        decibels.append(_psnr(_pixels(vae, ends), _pixels(vae, wanted)))
+        tile = TILE if teacher.wants_tiles(job.width, job.height) else None
+        a, b = (to_uint8(decode(teacher.vae(), each, tile=tile, overlap=OVERLAP)) for each in (ends, wanted))
+        decibels.append(_psnr(a.float(), b.float()))
     return Quality(velocity=velocity.relative, latents=latents.relative, psnr=sum(decibels) / len(decibels))
 
 
@@ -93,10 +96,6 @@ def _track(lesson: Lesson, job: Job, device: torch.device) -> Track:
     guidance = Guidance(classifier_free=ClassifierFree(scale=job.guidance_scale), skip_layers=job.skip_layer_guidance)
     negative = conditioning[1] if len(conditioning) > 1 else None
     return Track(positive=conditioning[0], negative=negative, guidance=guidance, shift=job.shift)
-
-
-def _pixels(vae: VAE, latents: Tensor) -> Tensor:
-    return to_uint8(decode(vae, latents)).float()
 
 
 def _psnr(a: Tensor, b: Tensor) -> float:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.fp8 import E4M3FN, Fp8Linear, LinearSpec
-from octavo.fp8.scale import dequantize, quantize_input
+from octavo.fp8.scale import quantize_input
 
 Branch = tuple[Tensor, Tensor]  # down [r, K] and up [N, r]
 SMALLEST = 1e-6  # root mean square of a channel that is taken for silent
@@ -71,18 +71,19 @@ class StudentLinear(nn.Module):
         self._open("up", tuple(up.shape))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] → [..., N], both in x's dtype."""
+        """[..., K] → [..., N], both in x's dtype, float32 or bfloat16: a product with bare codes overflows float16."""
         layer = self.layer
+        # Codes are numbers of bfloat16; scales and bias act in float32: bfloat16 does not see changes below 0.4 %.
         if isinstance(layer, Fp8Linear):
-            rounded = x if layer.spec.full_precision else _Rounded.apply(x, layer.input_scale)  # type: ignore[no-untyped-call]
-            y = _CodeProduct.apply(rounded, layer.q) * self.scale()[:, 0].to(x.dtype)  # type: ignore[no-untyped-call]
+            codes, rows = (x, 1.0) if layer.spec.full_precision else _Rounded.apply(x, layer.input_scale)  # type: ignore[no-untyped-call]
+            y = _CodeProduct.apply(codes, layer.q).float() * rows * self.scale()[:, 0]  # type: ignore[no-untyped-call]
         else:
-            y = F.linear(x, layer.weight)
+            y = F.linear(x, layer.weight).float()
         if (bias := self.bias()) is not None:
-            y = y + bias.to(x.dtype)
+            y = y + bias
+        out: Tensor = y.to(x.dtype)
         if (branch := self.low_rank()) is not None:
-            y = y + F.linear(F.linear(x, branch[0].to(x.dtype)), branch[1].to(x.dtype))
-        out: Tensor = y
+            out = out + F.linear(F.linear(x, branch[0].to(x.dtype)), branch[1].to(x.dtype))
         return out
 
     def scale(self) -> Tensor:
@@ -203,19 +204,23 @@ def measured(model: nn.Module) -> Iterator[None]:
 
 
 class _Rounded(torch.autograd.Function):
-    """The input as W8A8 arithmetic sees it; the gradient of what is not clamped passes as if nothing were rounded."""
+    """The input as W8A8 arithmetic has it: codes [..., K] in x's dtype, and their scales [..., 1] or [].
+
+    The gradient of what is not clamped passes as if x were only divided by the scale, a constant.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, input_scale: Tensor | None) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        if input_scale is not None:
-            ctx.save_for_backward(x.abs() <= input_scale * E4M3FN.max)
-        return dequantize(quantize_input(rows, input_scale), x.dtype).view_as(x)
+    def forward(ctx: Any, x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        scaled = quantize_input(x, input_scale)
+        inside = x.abs() <= E4M3FN.max * scaled.scale if input_scale is not None else torch.ones((), device=x.device)
+        ctx.save_for_backward(inside / scaled.scale)
+        ctx.mark_non_differentiable(scaled.scale)
+        return scaled.q.to(x.dtype), scaled.scale
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = gradients
-        return (gradient * ctx.saved_tensors[0] if ctx.saved_tensors else gradient), None
+        (factor,) = ctx.saved_tensors
+        return (gradients[0] * factor).to(gradients[0].dtype), None
 
 
 class _CodeProduct(torch.autograd.Function):
