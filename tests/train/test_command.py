@@ -11,6 +11,7 @@ from octavo.errors import RequestError
 from octavo.evaluate import checker
 from octavo.train.autoencoder import AutoencoderRecipe
 from octavo.train.demo import DemoRecipe
+from octavo.train.pictures import learning_curve
 
 TINY = DemoRecipe(
     depth=1, size=32, batch=2, steps=1, pool={"plain": 4}, autoencoder=AutoencoderRecipe(size=16, batch=4)
@@ -36,6 +37,11 @@ def _loop_defaults() -> dict[str, object]:
     from octavo.train import loop
 
     return dict(loop.train.__kwdefaults__)
+
+
+def test_a_curve_of_a_single_step_can_be_drawn(tmp_path: Path) -> None:
+    (tmp_path / "curve.jsonl").write_text('{"phase": "vae", "step": 1, "seconds": 0.6, "loss": 0.5, "norm": 1.0}\n')
+    assert learning_curve(tmp_path).size == (720, 400)
 
 
 @pytest.mark.parametrize(

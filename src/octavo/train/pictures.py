@@ -90,7 +90,8 @@ def learning_curve(folder: Path, width: int = 720, height: int = 400) -> Image.I
         before = entry["seconds"] / 60
         minutes.append(offset + before)
     losses = [math.log10(entry["loss"]) for entry in entries]
-    low, high, longest = min(losses), max(losses), max(minutes)
+    low, longest = min(losses), max(minutes)
+    high = max(*losses, low + 1e-3)  # a run just begun has a single loss
 
     def spot(minute: float, loss: float) -> tuple[float, float]:
         return left + minute / longest * (right - left), bottom - (loss - low) / (high - low) * (bottom - top)
