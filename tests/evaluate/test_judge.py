@@ -39,16 +39,16 @@ def pictures(of: list[Scene], size: int = 64) -> Tensor:
 
 # ── the package's judge ───────────────────────────────────────────────────────────────────────────────────────────
 def test_a_caption_is_found_among_a_hundred(judge: Judge) -> None:
-    """Chance is 1 %; the docs' figure is over ten times as many."""
+    """Chance is 1 %; 1 000 of 1 000 in the docs."""
     shown, rng = scenes(100), random.Random(1)
     cosines = judge.image_features(pictures(shown)) @ judge.text_features([caption(s, rng) for s in shown]).T
     right = torch.arange(100)
-    assert (cosines.argmax(dim=1) == right).float().mean() > 0.9
-    assert (cosines.argmax(dim=0) == right).float().mean() > 0.9
+    assert (cosines.argmax(dim=1) == right).float().mean() > 0.97
+    assert (cosines.argmax(dim=0) == right).float().mean() > 0.97
 
 
 def test_the_right_caption_is_preferred_to_one_of_any_wrong_attribute(judge: Judge) -> None:
-    """Chance is 50 %."""
+    """Chance is 50 %; 99.8 % and more in the docs."""
     shown, rng = scenes(60, seed=2), random.Random(2)
     drawn = pictures(shown)
     own = judge.similarity(drawn, [caption(scene, rng) for scene in shown])
@@ -58,7 +58,7 @@ def test_the_right_caption_is_preferred_to_one_of_any_wrong_attribute(judge: Jud
             wrong = judge.similarity(drawn[i : i + 1], [caption(changed(scene, attribute, rng), rng)])
             better.setdefault(attribute, []).append(bool(own[i] > wrong))
     for attribute, verdicts in better.items():
-        assert sum(verdicts) >= 0.9 * len(verdicts), attribute
+        assert sum(verdicts) > 0.95 * len(verdicts), attribute
 
 
 def test_the_package_file_is_small() -> None:

@@ -109,7 +109,7 @@ def judge(
     from octavo.train.captions import words
     from octavo.train.loop import Budget
 
-    vae = octavo.load().vae()
+    vae = octavo.load(device="cpu").vae()
     torch.manual_seed(seed)
     network = Judge(words(job.STAGE))
 

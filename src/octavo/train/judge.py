@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from octavo.checkpoint.save import save_safetensors
 from octavo.train.captions import caption
 from octavo.train.drawing import draw
 from octavo.train.loop import Budget, Progress, Report, train
@@ -171,12 +172,11 @@ def load_reconstructions(
     path = folder / f"reconstructions-{seed}-{len(scenes)}-{recipe.size}.safetensors"
     if not path.exists():
         report(f"taking {len(scenes)} pictures through the VAE …")
-        folder.mkdir(parents=True, exist_ok=True)
         parts = []
         for start in range(0, len(shown), batch):
             pixels = reconstruct(draw(shown[start : start + batch], recipe.size)).clamp(-1, 1)
             parts.append(to_uint8(F.interpolate(pixels, (recipe.side,) * 2, mode="bilinear", antialias=True)))
-        save_file({"pictures": torch.cat(parts)}, path)
+        save_safetensors(path, {"pictures": torch.cat(parts)})
     return Families(scenes, load_file(path)["pictures"])
 
 
