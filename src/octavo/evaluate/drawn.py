@@ -128,15 +128,14 @@ class Studio:
         forget_peaks(components.device)
         for done, number in enumerate(missing, len(self.prompts) - len(missing)):
             self.watch(column.name, "draw", done, len(self.prompts))
-            picture, record_ = self._draw_one(components, number, seed, cold=number == missing[0])
-            latents = record_[1]
+            picture, made, latents = self._draw_one(components, number, seed, cold=number == missing[0])
             if is_reference:
                 self.gallery.keep_latents(number, latents)
             wanted = None if is_reference or seed != self.seed else self.gallery.latents(number)
             error = None
             if wanted is not None and wanted.shape == latents.shape:
                 error = relative_error(latents.cpu(), wanted)
-            place.add(picture, replace(record_[0], latent_error=error))
+            place.add(picture, replace(made, latent_error=error))
         self.watch(column.name, "draw", len(self.prompts), len(self.prompts))
         numbers = range(1, len(self.prompts) + 1)
         return Drawn(
@@ -153,8 +152,8 @@ class Studio:
 
     def _draw_one(
         self, components: Components, number: int, seed: int, *, cold: bool
-    ) -> tuple[Picture, tuple[Record, Tensor]]:
-        """A picture, its record and its final latents [1, 16, h, w]: the model's last estimate of the clean picture."""
+    ) -> tuple[Picture, Record, Tensor]:
+        """A picture, its record, and its final latents [1, 16, h, w]: the last estimate of the clean ones."""
         started = finished = 0.0
         evaluations = 0
         latents = torch.empty(0)
@@ -179,7 +178,7 @@ class Studio:
             device_bytes=device_peak(components.device),
             latent_error=None,
         )
-        return picture, (made, latents)
+        return picture, made, latents
 
     def _velocity(
         self, column: ModelColumn, components: Components, place: GalleryColumn, is_reference: bool
