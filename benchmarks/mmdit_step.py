@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import in_own_process, interleave, measure, peak_memory, ratio, report
-from octavo.checkpoint.force import BY_ROW, KEPT, quantize_into
+from octavo.checkpoint.force import BY_ROW, KEPT
 from octavo.devices import whole_processor
-from octavo.fp8 import Fp8Linear, Mode, prepare
+from octavo.fp8 import Fp8Linear, Mode, prepare, quantize
 from octavo.models import MMDiT, MMDiTConfig
 from octavo.quantize import convert
 
@@ -157,25 +157,27 @@ def random_mmdit(depth: int) -> MMDiT:
     mmdit.to_empty(device="cpu")
     tile = _tile()
     for weight in mmdit.parameters():
-        _fill(weight, tile)
+        _fill(weight, tile).mul_(_gain(weight))
     return mmdit
 
 
 def fp8_mmdit(depth: int, mode: Mode) -> MMDiT:
-    """The same in FP8, made layer by layer as loading does, so that its memory is that of a loaded model.
+    """The same in FP8, as if loaded from a file: no weight is ever there in more bits, and nothing is left behind.
 
-    That includes the table of positions in float16, as the released file has it.
+    The table of positions is in float16, as in the released file.
     """
     mmdit, tile = _on_meta(depth), _tile()
+    codes = quantize(tile)
     linears = [name for name, module in mmdit.named_modules() if isinstance(module, nn.Linear)]
     convert(mmdit, {name: BY_ROW for name in linears if not any(fnmatchcase(name, kept) for kept in KEPT["mmdit"])})
     for module in mmdit.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             dtype = torch.float16 if name == "pos_embed" else torch.float32
-            new = _fill(torch.empty(weight.shape, dtype=dtype), tile)
+            new = _fill(torch.empty(weight.shape, dtype=dtype), tile).mul_(_gain(weight))
             setattr(module, name, nn.Parameter(new, requires_grad=False))
         if isinstance(module, Fp8Linear):
-            quantize_into(module, _fill(torch.empty(module.q.shape), tile))
+            module.q = _fill(torch.empty(module.q.shape, dtype=codes.q.dtype), codes.q)
+            module.scale = (codes.scale / math.sqrt(module.in_features)).expand(module.out_features, 1).contiguous()
     assert not any(tensor.is_meta for tensor in mmdit.state_dict().values())
     prepare(mmdit, "cpu", torch.float32, mode=mode)
     return mmdit
@@ -197,7 +199,11 @@ def _fill(weight: Tensor, tile: Tensor) -> Tensor:
     for start in range(0, weight.numel(), len(tile)):
         part = weight.view(-1)[start : start + len(tile)]
         part.copy_(tile[: len(part)])
-    return weight.mul_(1 / math.sqrt(weight[0].numel()))
+    return weight
+
+
+def _gain(weight: Tensor) -> float:
+    return 1 / math.sqrt(weight[0].numel())
 
 
 def as_diffusers(mmdit: MMDiT) -> nn.Module:

@@ -3,9 +3,10 @@
 Which device and dtype to use where the user names none, and how much memory is left on it.
 """
 
+import ctypes
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 
@@ -92,6 +93,26 @@ def free_bytes(device: torch.device) -> int | None:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def trim_memory() -> None:
+    """Give memory that was freed back to the system, as far as that is glibc's to do.
+
+    Between weights that stay, glibc keeps the room of temporary ones for later: after remaking each weight of a model
+    in another form, that is half as much as the model.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):  # another C library, another system
+        return None
+    return trim
 
 
 @contextmanager

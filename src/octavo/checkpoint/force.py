@@ -16,11 +16,13 @@ from torch import Tensor
 from octavo.checkpoint.kinds import Kind
 from octavo.checkpoint.plan import Origin, Plan
 from octavo.checkpoint.tensors import torch_dtype
+from octavo.devices import trim_memory
 from octavo.fp8 import Fp8Linear, LinearSpec, quantize
 from octavo.fp8.scale import amax, scale_from_amax
 from octavo.quantize import convert
 
 BY_ROW = LinearSpec(granularity="row")
+TRIM_AFTER = 4 << 20  # bytes of a weight whose temporary numbers are worth giving back
 ROWS_AT_ONCE = 256  # of a weight, in float32 meanwhile
 
 # Linear layers that stay as they are: few weights at the ends of a model, through which everything goes.
@@ -65,3 +67,5 @@ def quantize_into(layer: Fp8Linear, weight: Tensor) -> None:
     for block in blocks:
         q[block] = quantize(weight[block], fmt, scale=scale[block] if by_row else scale).q
     layer.q, layer.scale = q, scale
+    if weight.nbytes >= TRIM_AFTER:
+        trim_memory()

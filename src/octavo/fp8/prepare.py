@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+from octavo.devices import trim_memory
 from octavo.errors import RequestError
 from octavo.fp8.backends import Backend, Choice, UnusableError, choose_backend, find_backend
 from octavo.fp8.linear import Fp8Linear
@@ -20,6 +21,7 @@ from octavo.fp8.needs import TYPICAL_ROWS, Mode, Problem
 from octavo.fp8.timing import Timings, seconds
 
 FP8_CAPABILITY = (8, 9)  # of the first GPUs that multiply in FP8
+TRIM_AFTER = 16 << 20  # bytes of weights that were remade in another form
 UNPREPARED = "plain (not prepared)"
 
 
@@ -105,7 +107,7 @@ def prepare(
         raise RequestError(why)
     measure = torch.device(device).type == "cuda" if measure is None else measure
     timings = Timings() if measure else None
-    choices: dict[Problem, Choice] = {}
+    choices, remade = dict[Problem, Choice](), 0
     for name, layer in model.named_modules():
         if isinstance(layer, Fp8Linear):
             assert layer.scale.device.type == torch.device(device).type, f"a layer is on {layer.scale.device}"
@@ -117,6 +119,13 @@ def prepare(
                 if problem != told and chosen.refusal(replace(told, by_name=wanted is chosen)):
                     _try(chosen, problem)
             layer.use(choices[problem])
+            if layer.given_up:
+                remade += layer.q.numel()
+                if remade >= TRIM_AFTER:
+                    trim_memory()
+                    remade = 0
+    if remade:
+        trim_memory()
     if timings is not None:
         timings.save()
     return paths(model)

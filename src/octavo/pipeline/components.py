@@ -20,7 +20,7 @@ from octavo.checkpoint.load import load_part
 from octavo.checkpoint.plan import Plan, plan_part
 from octavo.checkpoint.presets import Preset
 from octavo.checkpoint.source import Located
-from octavo.devices import free_bytes
+from octavo.devices import free_bytes, trim_memory
 from octavo.fp8 import BACKENDS, Fp8Format, LinearSpec, Mode, find_backend, prepare, refused
 from octavo.fp8.needs import TYPICAL_ROWS
 from octavo.models import VAE, MMDiT, MMDiTConfig
@@ -136,6 +136,7 @@ class Part(Generic[M]):
     def release(self) -> None:
         """Give its memory back; the next call loads it again."""
         self._model = None
+        trim_memory()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
