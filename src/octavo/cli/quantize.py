@@ -151,6 +151,12 @@ def quantize(
             help="Of the arithmetic: float32, bfloat16; as suits the device if unsaid.", rich_help_panel=MODEL
         ),
     ] = None,
+    low_memory: Annotated[
+        bool,
+        typer.Option(
+            "--low-memory", help="Read the model block by block even where all of it fits.", rich_help_panel=MODEL
+        ),
+    ] = False,
     work: Annotated[
         Path | None,
         typer.Option(help="Folder for unfinished work, kept; else beside OUT, and removed.", rich_help_panel=MODEL),
@@ -188,6 +194,7 @@ def quantize(
         min_psnr=min_psnr,
         gate=gate,
         finetune=finetune,
+        low_memory=low_memory,
         work=work,
         force=force,
         **parse_size(size),

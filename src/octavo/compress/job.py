@@ -85,9 +85,12 @@ def quantize_checkpoint(
     device = pick_device(settings.device)
     with open_source(path) as opened:
         located = opened.require("mmdit")
-        stream = BlockStream(located, device, pick_dtype(settings.dtype, device))
+        keep = False if settings.low_memory else None
+        stream = BlockStream(located, device, pick_dtype(settings.dtype, device), keep=keep)
         setup = set_up(opened, stream, settings)
         planned = [plan_file(stream, place, *asked) for place, asked in zip(places, recipes, strict=True)]
+        for file in planned:
+            spare_weights(stream, file, settings)  # refuses a budget that is too small
         calibrated = any(file.recipe.needs_calibration for file in planned) or settings.must_measure
         components, lacking = _components(path, settings, needed=calibrated)
         identity = identity_of(opened)
@@ -220,8 +223,12 @@ def _judge(
     bounds = [file.recipe.min_psnr if settings.min_psnr is None else settings.min_psnr for file in files]
     wanted = any(bound is not None for bound in bounds) or any(file.recipe.needs_calibration for file in files)
     count = (gate.PICTURES if wanted else 0) if settings.gate is None else settings.gate
-    skipped = None if count else "no pictures were asked for; --gate 8 draws some"
-    if skipped is None:
+    skipped = None
+    if not count:
+        skipped = "no pictures were asked for; --gate 8 draws some"
+    elif settings.low_memory and settings.gate is None:
+        skipped = "the whole model would be needed in memory, and --low-memory was given; --gate 8 draws all the same"
+    else:
         skipped = f"no pictures can be drawn. {lacking}" if components is None else gate.reason_to_skip(components)
     for file, bound in zip(files, bounds, strict=True):
         file.verdict = Verdict(bound=bound, skipped=skipped)

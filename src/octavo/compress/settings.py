@@ -36,6 +36,7 @@ class QuantizeSettings:
     min_psnr: float | None = None  # dB that the gate asks for; the recipe's own bound if not given
     gate: int | None = None  # pictures that the gate draws; 0 is none
     finetune: int = 0  # steps of training after the calibration
+    low_memory: bool = False  # never keep the whole model in memory, even where there is room
     work: Path | None = None  # folder for unfinished work, kept; beside the file, and removed, if not given
     force: bool = False  # replace files that are there, and keep those that fail the gate
 
