@@ -2,7 +2,8 @@
 
 Shapes are those of SD3.5 Medium at 256×256 px, of its modulation, and of T5-XXL. Each backend that this machine has
 runs in turns with F.linear, as torch runs it by default and inside our `whole_processor`; the figures are its time over
-the former's, and the bytes of its weight over float32's. A slice of T5-XXL, one block at full width, follows.
+the former's, and the bytes of its weight over float32's. A slice of T5-XXL follows, one block at full width, in FP8 and
+in FP8 by --fast, beside float32 in both ways.
 
     python -m benchmarks.fp8_linear                # 2 threads, wall clock
     python -m benchmarks.fp8_linear --threads 1    # processor seconds, the fairer measure beside other work
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import Run, interleave, ratio, report
 from octavo.devices import whole_processor
-from octavo.fp8 import BACKENDS, E4M3FN, Fp8Linear, LinearSpec, Problem, prepare, quantize
+from octavo.fp8 import BACKENDS, E4M3FN, Fp8Linear, LinearSpec, Mode, Problem, prepare, quantize
 from octavo.models import T5Config, T5Encoder
 from octavo.quantize import convert
 
@@ -88,27 +89,35 @@ def _distance(y: Tensor, exact: Tensor) -> float:
 
 
 def t5(repeats: int, clock: Clock) -> None:
-    """One block of T5-XXL, two prompts of 77 tokens: FP8 over float32."""
+    """One block of T5-XXL, two prompts of 77 tokens: FP8, exact and fast, over float32."""
     config = T5Config(layers=1, vocab_size=1000, **T5_XXL)
-    wide, small = T5Encoder(config), T5Encoder(config)
-    names = [name for name, module in small.named_modules() if isinstance(module, nn.Linear)]
-    small.load_state_dict(wide.state_dict())
-    convert(small, dict.fromkeys(names, LinearSpec(granularity="row")))
-    paths = prepare(small, "cpu", torch.float32)
-    held = sum(m.q.nbytes + m.scale.nbytes for m in small.modules() if isinstance(m, Fp8Linear))
+    wide = T5Encoder(config)
+    names = [name for name, module in wide.named_modules() if isinstance(module, nn.Linear)]
     tokens = torch.randint(1000, (2, 77))
-    timings = interleave(
-        {"fp8": lambda: small(tokens), "float32": lambda: wide(tokens)}, warmup=1, repeats=repeats, clock=clock
-    )
-    report(
-        "fp8_t5_block",
-        "time / float32",
-        ratio(timings["fp8"], timings["float32"]),
-        paths=str(paths),
-        linear_bytes_over_float32=round(
-            held / sum(4 * m.q.numel() for m in small.modules() if isinstance(m, Fp8Linear)), 4
-        ),
-    )
+    runs: dict[str, Run] = {"float32": lambda: wide(tokens), "whole": whole_processor()(lambda: wide(tokens))}
+    exact, taken, errors, held, in_float32 = wide(tokens), dict[str, str](), dict[str, float](), 0, 0
+    modes: dict[str, Mode] = {"fp8": "exact", "fast": "fast"}
+    for name, mode in modes.items():
+        small = T5Encoder(config)
+        small.load_state_dict(wide.state_dict())
+        convert(small, dict.fromkeys(names, LinearSpec(granularity="row")))
+        layers = [module for module in small.modules() if isinstance(module, Fp8Linear)]
+        held = sum(layer.q.nbytes + layer.scale.nbytes for layer in layers)
+        in_float32 = sum(4 * layer.q.numel() for layer in layers)
+        taken[name] = str(prepare(small, "cpu", torch.float32, mode=mode))
+        runs[name] = partial(small, tokens)
+        errors[name] = _distance(small(tokens), exact)
+    timings = interleave(runs, warmup=1, repeats=repeats, clock=clock)
+    for name, paths in taken.items():
+        for peer in ("float32", "whole"):
+            report(
+                f"{name}_t5_block",
+                f"time / {peer}",
+                ratio(timings[name], timings[peer]),
+                paths=paths,
+                relative_error=float(f"{errors[name]:.3g}"),
+                linear_bytes_over_float32=round(held / in_float32, 4),
+            )
 
 
 def main() -> None:
