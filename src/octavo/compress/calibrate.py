@@ -54,6 +54,8 @@ def set_up(source: Source, stream: BlockStream, settings: QuantizeSettings) -> S
     if settings.steps is not None and not 1 <= settings.steps <= 1000:
         raise RequestError(f"steps {settings.steps} is out of range: from 1 to 1000.")
     guided = settings.guidance_scale
+    if guided is not None and not 0 <= guided <= 100:
+        raise RequestError(f"guidance_scale {guided} is out of range: from 0 to 100.")
     runs = Runs(
         steps=settings.steps or preset.steps,
         guidance_scale=preset.guidance_scale if guided is None else guided,

@@ -54,7 +54,8 @@ class Verdict:
         if self.skipped is not None:
             return f"not judged: {self.skipped}"
         bound = "" if self.bound is None else f", at least {self.bound:g} asked for"
-        return f"{self.mean:.2f} dB from the 16-bit model over {len(self.decibels)} pictures{bound}"
+        drawn = f"{len(self.decibels)} picture{'' if len(self.decibels) == 1 else 's'}"
+        return f"{self.mean:.2f} dB from the 16-bit model over {drawn}{bound}"
 
 
 def reason_to_skip(components: Components) -> str | None:
