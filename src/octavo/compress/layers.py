@@ -27,6 +27,7 @@ def outputs_of(stream: BlockStream, recipe: Recipe) -> dict[str, LayerOutput]:
                 spec=LinearSpec(
                     format=rule.fp8_format,
                     granularity=rule.granularity,
+                    block=rule.block,
                     input_scale=rule.input == "static",
                     full_precision=rule.input == "exact",
                 ),

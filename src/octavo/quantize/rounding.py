@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from octavo.fp8.formats import Fp8Format
-from octavo.fp8.scale import Block, Scaled, spread
+from octavo.fp8.scale import Block, Scaled
 
 COLUMNS = 128  # rounded before the rest of the weight hears of it
 
@@ -40,34 +40,58 @@ def gptq(
     square = covariance.diagonal()
     # Channels that never spoke: any weight is right, so they are rounded to nearest and pass nothing on.
     unit = torch.where(square > 0, square, 1.0).double().sqrt()
-    correlation = covariance.double() / unit / unit[:, None]
-    correlation += torch.eye(K, dtype=torch.float64, device=weight.device) * torch.where(square > 0, damping, 1.0)
+    correlation = covariance.double()
+    correlation /= unit
+    correlation /= unit[:, None]
+    correlation.diagonal().add_(torch.where(square > 0, damping, 1.0))
     values = weight.double() * unit  # errors in units of their effect
 
     # Those with most at stake are rounded first, while there are many left to make up for them.
     order = torch.argsort((values**2).sum(0), descending=True, stable=True)
     values, unit = values[:, order], unit[order]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(correlation[order][:, order]))
-    upper = torch.linalg.cholesky(inverse, upper=True)
-    each = scale.expand(N, K) if block is None else spread(scale, (N, K), block)
-    each = each.double()[:, order]
+    # What is wanted is the upper factor U of the inverse, inverse = Uᵀ U. With the channels in reverse the correlation
+    # is L Lᵀ, and U is L⁻¹ reversed back: one factorization instead of three, and rows of U are made as they are needed.
+    # The largest layers have 9728 channels, 757 MB a matrix, so few of them shall live at a time.
+    back = order.flip(0)
+    correlation = correlation[back]
+    correlation = correlation[:, back]
+    lower = torch.linalg.cholesky(correlation)
+    del correlation
+    channels = order.tolist()
 
     q = torch.empty(N, K, dtype=fmt.dtype, device=weight.device)
     for start in range(0, K, COLUMNS):
         stop = min(start + COLUMNS, K)
+        upper = _rows_of_factor(lower, start, stop)
         errors = torch.empty(N, stop - start, dtype=torch.float64, device=weight.device)
-        for column in range(start, stop):
+        for i, column in enumerate(range(start, stop)):
             value = values[:, column]
-            step = each[:, column] * unit[column]
+            step = _scale_of(scale, channels[column], N, block) * unit[column]
             code = (value / step).float().clamp(-fmt.max, fmt.max).to(fmt.dtype)
-            error = (value - code.double() * step) / upper[column, column]
-            values[:, column + 1 : stop] -= error[:, None] * upper[column, column + 1 : stop]
-            errors[:, column - start] = error
+            error = (value - code.double() * step) / upper[i, i]
+            values[:, column + 1 : stop] -= error[:, None] * upper[i, i + 1 : stop - start]
+            errors[:, i] = error
             q[:, column] = code
-        values[:, stop:] -= errors @ upper[start:stop, stop:]
+        values[:, stop:] -= errors @ upper[:, stop - start :]
     # Indexing FP8 needs bytes.
     codes = q.view(torch.uint8)[:, torch.argsort(order)].contiguous().view(fmt.dtype)
     return Scaled(codes, scale, block)
+
+
+def _rows_of_factor(lower: Tensor, start: int, stop: int) -> Tensor:
+    """Rows `start` to `stop` of U from its column `start` on, for U = L⁻¹ with rows and columns in reverse."""
+    first, last = len(lower) - stop, len(lower) - start  # of L⁻¹
+    unit = torch.zeros(last - first, last, dtype=lower.dtype, device=lower.device)
+    unit[:, first:].fill_diagonal_(1.0)
+    rows: Tensor = torch.linalg.solve_triangular(lower[:last, :last], unit, upper=False, left=False)
+    return rows.flip((0, 1))
+
+
+def _scale_of(scale: Tensor, channel: int, rows: int, block: Block | None) -> Tensor:
+    """The scale of each row [N], or of all [1], in one column of the weight, float64."""
+    if block is None:
+        return scale.double().reshape(-1)
+    return scale[:, channel // block[1]].double().repeat_interleave(block[0])[:rows]
 
 
 def expected_error(difference: Tensor, covariance: Tensor) -> Tensor:
