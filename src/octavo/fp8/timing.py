@@ -128,7 +128,7 @@ def _failures() -> tuple[type[Exception], ...]:
     """What a kernel raises that does not run here: torch's errors, and triton's when it cannot compile."""
     if importlib.util.find_spec("triton") is None:
         return (RuntimeError,)
-    from triton.errors import TritonError
+    from octavo.fp8.kernels.errors import TritonError
 
     return (RuntimeError, TritonError)
 
