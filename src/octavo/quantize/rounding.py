@@ -50,7 +50,7 @@ def gptq(
     order = torch.argsort((values**2).sum(0), descending=True, stable=True)
     values, unit = values[:, order], unit[order]
     # What is wanted is the upper factor U of the inverse, inverse = Uᵀ U. With the channels in reverse the correlation
-    # is L Lᵀ, and U is L⁻¹ reversed back: one factorization instead of three, and rows of U are made as they are needed.
+    # is L Lᵀ, and U is L⁻¹ reversed back: one factorization instead of three, rows of U being made as they are needed.
     # The largest layers have 9728 channels, 757 MB a matrix, so few of them shall live at a time.
     back = order.flip(0)
     correlation = correlation[back]
