@@ -20,7 +20,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import in_own_process, interleave, measure, peak_memory, ratio, report
-from octavo.checkpoint.force import BY_ROW, KEPT
+from octavo.checkpoint.force import forced_specs
 from octavo.devices import whole_processor
 from octavo.fp8 import Fp8Linear, Mode, prepare, quantize
 from octavo.models import MMDiT, MMDiTConfig
@@ -169,7 +168,7 @@ def fp8_mmdit(depth: int, mode: Mode) -> MMDiT:
     mmdit, tile = _on_meta(depth), _tile()
     codes = quantize(tile)
     linears = [name for name, module in mmdit.named_modules() if isinstance(module, nn.Linear)]
-    convert(mmdit, {name: BY_ROW for name in linears if not any(fnmatchcase(name, kept) for kept in KEPT["mmdit"])})
+    convert(mmdit, forced_specs(linears, "mmdit"))
     for module in mmdit.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             dtype = torch.float16 if name == "pos_embed" else torch.float32

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from octavo.checkpoint import force
-from octavo.checkpoint.force import KEPT, force_fp8
+from octavo.checkpoint.force import EXACT, KEPT, force_fp8
 from octavo.checkpoint.kinds import Kind
 from octavo.checkpoint.load import load_part
 from octavo.checkpoint.plan import plan_part
@@ -58,16 +59,21 @@ def test_layers_are_those_of_quantizing_the_loaded_weights(
     assert all(torch.equal(small.state_dict()[name], wide.state_dict()[name]) for name in others)
 
 
-def test_few_weights_at_the_ends_stay_and_every_pattern_means_something(tree: Path) -> None:
+def test_few_weights_at_the_end_stay_and_every_pattern_means_something(tree: Path) -> None:
     _, forced = load(tree / "checkpoints" / "tiny.safetensors", "mmdit", SPECS[0])
     mmdit = MMDiT(MODEL)
     linears = {name for name, module in mmdit.named_modules() if isinstance(module, nn.Linear)}
     left = linears - set(forced)
-    assert left == {
-        "context_embedder", "final_layer.linear",
-        "t_embedder.mlp.0", "t_embedder.mlp.2", "y_embedder.mlp.0", "y_embedder.mlp.2",
-    }  # fmt: skip
-    assert len(left) >= len(KEPT["mmdit"])
+    assert left == {"final_layer.linear"}
+    assert all(any(fnmatchcase(name, pattern) for name in linears) for pattern in (*KEPT["mmdit"], *EXACT["mmdit"]))
+
+
+def test_inputs_of_layers_that_see_no_token_are_never_rounded(tree: Path) -> None:
+    model, forced = load(tree / "checkpoints" / "tiny.safetensors", "mmdit", SPECS[0])
+    exact = {name for name in forced if model.get_submodule(name).spec.full_precision}
+    of_tokens = {name for name in forced if any(part in name for part in (".attn", ".mlp.fc"))}
+    assert exact == set(forced) - of_tokens
+    assert any("adaLN" in name for name in exact)
 
 
 @pytest.mark.parametrize(("kind", "name"), [("clip_g", "clip_g"), ("t5", "t5xxl")])

@@ -7,7 +7,8 @@
 This is the plain cast by row, without calibration. `octavo quantize` makes better files, once and for all.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -25,11 +26,16 @@ BY_ROW = LinearSpec(granularity="row")
 TRIM_AFTER = 4 << 20  # bytes of a weight whose temporary numbers are worth giving back
 ROWS_AT_ONCE = 256  # of a weight, in float32 meanwhile
 
-# Linear layers that stay as they are: few weights at the ends of a model, through which everything goes.
+# Linear layers that stay as they are: few weights, through which everything goes. Measured, see decision 0009.
 KEPT: Mapping[Kind, tuple[str, ...]] = {
-    "mmdit": ("context_embedder", "t_embedder.*", "y_embedder.*", "final_layer.linear"),
+    "mmdit": ("final_layer.linear",),
     "clip_l": ("text_projection",),
     "clip_g": ("text_projection",),
+}
+
+# Layers whose input is never rounded: called once a run or a step, for few rows, so that exactness costs no time.
+EXACT: Mapping[Kind, tuple[str, ...]] = {
+    "mmdit": ("*adaLN_modulation*", "t_embedder.*", "y_embedder.*", "context_embedder"),
 }
 
 
@@ -43,11 +49,20 @@ def force_fp8(plan: Plan, spec: LinearSpec = BY_ROW) -> tuple[str, ...]:
     Returns:
         Names of the layers that will be quantized.
     """
-    kept = KEPT.get(plan.located.part.kind, ())
-    names = [name for name in plan.linears if not any(fnmatchcase(name, pattern) for pattern in kept)]
-    forced = tuple(name for name in names if not isinstance(plan.model.get_submodule(name), Fp8Linear))
-    convert(plan.model, dict.fromkeys(forced, spec))
-    return forced
+    specs = forced_specs(plan.linears, plan.located.part.kind, spec)
+    forced = {name: s for name, s in specs.items() if not isinstance(plan.model.get_submodule(name), Fp8Linear)}
+    convert(plan.model, forced)
+    return tuple(forced)
+
+
+def forced_specs(linears: Iterable[str], kind: Kind, spec: LinearSpec = BY_ROW) -> dict[str, LinearSpec]:
+    """How each of the linear layers of a model of this kind becomes FP8; those that stay as they are left out."""
+    kept, exact = KEPT.get(kind, ()), EXACT.get(kind, ())
+    return {
+        name: replace(spec, full_precision=spec.full_precision or any(fnmatchcase(name, one) for one in exact))
+        for name in linears
+        if not any(fnmatchcase(name, one) for one in kept)
+    }
 
 
 def buffer_for(layer: Fp8Linear, origin: Origin, device: torch.device | str) -> Tensor:
