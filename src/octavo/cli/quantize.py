@@ -221,7 +221,8 @@ def _lines(summary: Summary) -> Iterator[str]:
             yield f"  in 16 bits: {', '.join(file.kept[:SHOWN])}{more}"
         yield f"  {file.verdict}"
     if summary.finetuned is not None:
-        yield f"fine-tuned: {summary.finetuned}"
+        made = str(summary.finetuned).replace(summary.finetuned.out.name, summary.files[0].path.name)
+        yield f"fine-tuning {made}"
     again = ", going on with what an earlier run had done" if summary.resumed else ""
     yield f"{_duration(summary.seconds)}{again}"
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from octavo.checkpoint.plan import Origin, plan_part
 from octavo.checkpoint.source import Located
 from octavo.checkpoint.tensors import torch_dtype
-from octavo.devices import free_bytes
+from octavo.devices import free_bytes, trim_memory
 from octavo.errors import RequestError
 from octavo.models import MMDiT, MMDiTConfig
 from octavo.sampling.flow import timestep
@@ -147,6 +147,7 @@ class BlockStream:
             owner = self.model.get_submodule(module)
             empty = torch.empty_like(getattr(owner, name), device="meta")
             setattr(owner, name, nn.Parameter(empty, requires_grad=False))
+        trim_memory()
 
     def read(self, origin: Origin, out: Tensor) -> Tensor:
         """Fill `out` with a tensor of the model, converted to its dtype and device."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from octavo.checkpoint.quantized import LayerOutput
 from octavo.compress.blocks import Batch, BlockStream
 from octavo.compress.points import GROUPS
+from octavo.devices import trim_memory
 from octavo.fp8 import LinearSpec
 from octavo.models.mmdit import FinalLayer, JointBlock
 from octavo.quantize import Observer, QuantizedLayer, Recipe, quantize_layer
@@ -65,6 +66,8 @@ def quantized_layers(
         weight, bias = stream.weights(name)
         statistics = None if observer is None else observer.statistics(name)
         yield name, quantize_layer(name, weight, bias, recipe.rule(name), statistics)
+        del weight, statistics
+        trim_memory()
 
 
 def observe(
@@ -106,6 +109,7 @@ def _equalized(
         weight, bias = (_plain(tensor) for tensor in (layers[name].weight, layers[name].bias))
         assert weight is not None
         yield name, quantize_layer(name, weight, bias, recipe.rule(name), after.statistics(name))
+        trim_memory()
 
 
 def _seams(stream: BlockStream, stage: str) -> list[Seam]:
