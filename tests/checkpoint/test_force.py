@@ -125,7 +125,7 @@ def test_loading_never_holds_the_model_in_16_bits(tmp_path: Path) -> None:
     save_safetensors(tmp_path / "m.safetensors", model.state_dict(), None)
     words = [sys.executable, "-c", MEMORY, str(tmp_path / "m.safetensors")]
     grown, kept = json.loads(subprocess.run(words, capture_output=True, text=True, check=True, timeout=120).stdout)
-    spare = 3 * largest + (16 << 20)
+    spare = 3 * largest + (28 << 20)  # what torch itself takes varies by some megabytes
     assert kept < 0.6 * in_16_bits
     assert kept + spare < in_16_bits  # else the next line could not tell
     assert grown < kept + spare

@@ -13,7 +13,8 @@ import torch
 from octavo.fp8.formats import Fp8Format
 from octavo.fp8.scale import Block, Granularity
 
-Mode = Literal["exact", "fast"]
+# What may be rounded beside the weight: nothing; inputs to FP8, as FP8 units need them; inputs to whatever is fastest.
+Mode = Literal["exact", "fp8", "fast"]
 TYPICAL_ROWS = 1024  # tokens of a picture of 512×512, or of two with little text
 
 
@@ -30,7 +31,7 @@ class Problem:
     device: str  # its type: cpu, cuda, mps
     capability: tuple[int, int] | None = None  # CUDA's, where the device has one
     full_precision: bool = False  # x must not be rounded, says the file
-    mode: Mode = "exact"  # "fast" permits rounding x to fewer bits than its dtype has
+    mode: Mode = "exact"  # whether x may be rounded to fewer bits than its dtype has
     rows: int = TYPICAL_ROWS  # M, when backends are timed
     by_name: bool = False  # the user asked for this one backend, and so permits what it rounds
 
@@ -146,13 +147,13 @@ class RoundsInput:
     to: str
 
     def __str__(self) -> str:
-        return "mode 'fast'"
+        return "mode 'fp8'" if self.to == "e4m3fn" else "mode 'fast'"
 
     def unmet(self, problem: Problem) -> str | None:
         if problem.full_precision:
             return f"rounds the input to {self.to}, where the file asks for full precision"
-        permitted = problem.mode == "fast" or problem.by_name
-        return None if permitted else f"rounds the input to {self.to}: only in mode 'fast'"
+        permitted = problem.by_name or problem.mode == "fast" or (problem.mode == "fp8" and self.to == "e4m3fn")
+        return None if permitted else f"rounds the input to {self.to}: only in {self}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,8 @@ def prepare(
         model: loaded, on `device`; changed in place.
         device: where it runs.
         dtype: of its activations.
-        mode: "exact" keeps the activations in `dtype`; "fast" lets a backend round them to 8 or 16 bits.
+        mode: "exact" keeps the activations in `dtype`; "fp8" lets a backend round them to FP8 where that is how the
+            device multiplies fast; "fast" lets it round them to 8 or 16 bits of any kind.
         measure: time the backends on each shape that occurs and take the best, see `choose_backend`; times are kept on
             disk (see `timing`). None: on CUDA devices, which differ from one another. On CPUs the order of `backends`
             is known to be that of speed, so that measuring them, seconds of work amid the noise of other programs,

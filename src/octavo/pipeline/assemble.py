@@ -81,7 +81,7 @@ def load(
         RequestError: no such device, dtype, format or backend, or a backend that no layer of the model can use.
     """
     arithmetic = Arithmetic(
-        mode="fast" if fast else "exact",
+        mode="fast" if fast else "fp8",
         backend=backend,
         measure=measure,
         assume_fp8_compute=supports_fp8_compute,
