@@ -147,9 +147,8 @@ class DiffusersColumn:
 
         device = pick_device(self.device)
         try:
-            pipeline: Any = DiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
-                self.path, dtype=pick_dtype(self.dtype, device)
-            )
+            read: Any = DiffusionPipeline.from_pretrained  # untyped where it is installed
+            pipeline = read(self.path, dtype=pick_dtype(self.dtype, device))
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ModelNotFoundError(f"diffusers cannot load '{self.path}': {reason}") from error
