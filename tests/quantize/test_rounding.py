@@ -6,6 +6,7 @@ from torch import Tensor
 
 from octavo.fp8 import E4M3FN, E5M2, FORMATS, Fp8Format, Granularity, dequantize, quantize
 from octavo.fp8.scale import BLOCK
+from octavo.quantize import rounding
 from octavo.quantize.low_rank import low_rank_branch
 from octavo.quantize.observe import InputStatistics, Observer
 from octavo.quantize.recipe import InputScaleChoice
@@ -37,6 +38,18 @@ def test_compensated_rounding_errs_less_on_correlated_inputs(fmt: Fp8Format, gra
     assert error < 0.5 * plain_error
     assert rounded.q.dtype == fmt.dtype
     assert torch.equal(rounded.scale, scale)
+
+
+def test_wide_layers_are_rounded_as_well_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = correlated(2000, 256), weight_of(40, 256)
+    covariance = x.t() @ x / len(x)
+    scale = weight_scale(w, "amax", "row", E4M3FN)
+    errors = []
+    for widest in (256, 255):
+        monkeypatch.setattr(rounding, "WIDEST_IN_FLOAT64", widest)
+        errors.append(float(expected_error(dequantize(gptq(w, covariance, scale, E4M3FN)) - w, covariance)))
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
+    assert errors[1] < 0.5 * float(expected_error(dequantize(quantize(w, scale=scale)) - w, covariance))
 
 
 def test_without_correlation_it_is_rounding_to_nearest() -> None:

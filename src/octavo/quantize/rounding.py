@@ -11,6 +11,7 @@ from octavo.fp8.formats import Fp8Format
 from octavo.fp8.scale import Block, Scaled
 
 COLUMNS = 128  # rounded before the rest of the weight hears of it
+WIDEST_IN_FLOAT64 = 6144  # channels; of SD3.5 Large's 9728 a matrix would take 757 MB, and two are needed
 
 
 def gptq(
@@ -37,21 +38,22 @@ def gptq(
         contrived cases.
     """
     N, K = weight.shape
+    dtype = torch.float64 if K <= WIDEST_IN_FLOAT64 else torch.float32
     square = covariance.diagonal()
     # Channels that never spoke: any weight is right, so they are rounded to nearest and pass nothing on.
-    unit = torch.where(square > 0, square, 1.0).double().sqrt()
-    correlation = covariance.double()
+    unit = torch.where(square > 0, square, 1.0).to(dtype).sqrt()
+    correlation = covariance.to(dtype, copy=True)
     correlation /= unit
     correlation /= unit[:, None]
     correlation.diagonal().add_(torch.where(square > 0, damping, 1.0))
-    values = weight.double() * unit  # errors in units of their effect
+    values = weight.to(dtype) * unit  # errors in units of their effect
 
     # Those with most at stake are rounded first, while there are many left to make up for them.
     order = torch.argsort((values**2).sum(0), descending=True, stable=True)
     values, unit = values[:, order], unit[order]
     # What is wanted is the upper factor U of the inverse, inverse = Uᵀ U. With the channels in reverse the correlation
     # is L Lᵀ, and U is L⁻¹ reversed back: one factorization instead of three, rows of U being made as they are needed.
-    # The largest layers have 9728 channels, 757 MB a matrix, so few of them shall live at a time.
+    # As few of these matrices as possible live at a time.
     back = order.flip(0)
     correlation = correlation[back]
     correlation = correlation[:, back]
@@ -63,12 +65,12 @@ def gptq(
     for start in range(0, K, COLUMNS):
         stop = min(start + COLUMNS, K)
         upper = _rows_of_factor(lower, start, stop)
-        errors = torch.empty(N, stop - start, dtype=torch.float64, device=weight.device)
+        errors = torch.empty(N, stop - start, dtype=dtype, device=weight.device)
         for i, column in enumerate(range(start, stop)):
             value = values[:, column]
-            step = _scale_of(scale, channels[column], N, block) * unit[column]
+            step = _scale_of(scale, channels[column], N, block).to(dtype) * unit[column]
             code = (value / step).float().clamp(-fmt.max, fmt.max).to(fmt.dtype)
-            error = (value - code.double() * step) / upper[i, i]
+            error = (value - code.to(dtype) * step) / upper[i, i]
             values[:, column + 1 : stop] -= error[:, None] * upper[i, i + 1 : stop - start]
             errors[:, i] = error
             q[:, column] = code
@@ -88,10 +90,10 @@ def _rows_of_factor(lower: Tensor, start: int, stop: int) -> Tensor:
 
 
 def _scale_of(scale: Tensor, channel: int, rows: int, block: Block | None) -> Tensor:
-    """The scale of each row [N], or of all [1], in one column of the weight, float64."""
+    """The scale of each row [N], or of all [1], in one column of the weight."""
     if block is None:
-        return scale.double().reshape(-1)
-    return scale[:, channel // block[1]].double().repeat_interleave(block[0])[:rows]
+        return scale.reshape(-1)
+    return scale[:, channel // block[1]].repeat_interleave(block[0])[:rows]
 
 
 def expected_error(difference: Tensor, covariance: Tensor) -> Tensor:
