@@ -118,14 +118,14 @@ print(json.dumps([peak() - before, sum(t.nbytes for t in model.state_dict().valu
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak")
 def test_loading_never_holds_the_model_in_16_bits(tmp_path: Path) -> None:
     """Beside what stays, room for the largest layer in 16 bits and some rows of it in float32; by --fast, too."""
-    shape = {"depth": 6, "width": 512, "heads": 8, "pos_embed_size": 8}
+    shape = {"depth": 12, "width": 512, "heads": 8, "pos_embed_size": 8}
     model = MMDiT(type(MODEL)(**shape)).bfloat16()
     in_16_bits = sum(t.nbytes for t in model.state_dict().values())
     largest = max(t.nbytes for t in model.state_dict().values())
     save_safetensors(tmp_path / "m.safetensors", model.state_dict(), None)
     words = [sys.executable, "-c", MEMORY, str(tmp_path / "m.safetensors")]
     grown, kept = json.loads(subprocess.run(words, capture_output=True, text=True, check=True, timeout=120).stdout)
-    spare = 3 * largest + (28 << 20)  # what torch itself takes varies by some megabytes
+    spare = 3 * largest + (64 << 20)  # what torch and the allocator take varies by tens of megabytes
     assert kept < 0.6 * in_16_bits
     assert kept + spare < in_16_bits  # else the next line could not tell
     assert grown < kept + spare
