@@ -32,6 +32,8 @@ EMBEDDED_MODEL = EMBEDDED / "checkpoints" / "octavo-demo.safetensors"
 ENCODERS: tuple[Kind, ...] = ("clip_l", "clip_g", "t5")
 CALLED = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
 
+PartMaker = Callable[[Located, torch.device, torch.dtype, Arithmetic], Part[nn.Module]]
+
 # By folder of a text encoder in a diffusers model, the folder of its vocabulary.
 VOCABULARY_FOLDERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "text_encoder_3": "tokenizer_3"}
 
@@ -52,6 +54,7 @@ def load(
     backend: str | None = None,
     measure: bool | None = None,
     retry_bf16: bool = False,
+    make_part: PartMaker = Part,
 ) -> Components:
     """Find a model and all that belongs to it. Headers are read now, weights when they are needed.
 
@@ -74,6 +77,7 @@ def load(
             not given, on CUDA devices only.
         retry_bf16: where an FP8 layer of the model gives NaN or infinity, warn, let it multiply in bfloat16 or float32
             from then on, and repeat the step; else such a number is an error.
+        make_part: makes each part, or gives one that was made before; see `shelf`.
 
     Raises:
         ModelNotFoundError: a file is not there; says what to download and where to put it.
@@ -85,9 +89,9 @@ def load(
         backend=backend,
         measure=measure,
         assume_fp8_compute=supports_fp8_compute,
-        force=_format(force_fp8),
+        force=format_called(force_fp8),
     )
-    of_encoders = replace(arithmetic, force=_format(force_fp8_text_encoders))
+    of_encoders = replace(arithmetic, force=format_called(force_fp8_text_encoders))
     folders = Folders.standard(None if models_dir is None else Path(models_dir))
     path = EMBEDDED_MODEL if model is None else folders.find(os.fspath(model), *MODELS)
     chosen_device = pick_device(device)
@@ -99,7 +103,7 @@ def load(
     embedded = any(WORDS_KEY in file.metadata for file in own.files)
 
     located = own.require("mmdit")
-    mmdit: Part[MMDiT] = Part(located, chosen_device, chosen_dtype, arithmetic)
+    mmdit = cast("Part[MMDiT]", make_part(located, chosen_device, chosen_dtype, arithmetic))
     if mmdit.refused is not None:
         raise RequestError(f"'{path.name}': {mmdit.refused}")
     config = cast(MMDiTConfig, mmdit.config)
@@ -111,7 +115,7 @@ def load(
                 yield from _opened(file.path)
 
     found = {kind: _first(kind, [*chosen, own], lambda: tree("text_encoders", "checkpoints")) for kind in ENCODERS}
-    encoders = {kind: Part[nn.Module](at, chosen_device, chosen_dtype, of_encoders) for kind, at in found.items() if at}
+    encoders = {kind: make_part(at, chosen_device, chosen_dtype, of_encoders) for kind, at in found.items() if at}
     _check_fit(encoders, config, mmdit)
     vae_at = _first("vae", [*chosen_vae, own], lambda: tree("vae", "checkpoints"))
     if vae_at is None:
@@ -139,9 +143,14 @@ def load(
     return Components(
         name=name,
         mmdit=mmdit,
-        vae=cast("Part[VAE]", Part(vae_at, chosen_device, chosen_dtype)),
+        vae=cast("Part[VAE]", make_part(vae_at, chosen_device, chosen_dtype, Arithmetic())),
         encoders=list(encoders.values()),
-        text=_text(encoders, config, folders),
+        text=text_encoders_of(
+            encoders,
+            folders,
+            context_width=config.context_width,
+            pooled_width=config.pooled_width,
+        ),
         preset=preset_for(config, located.file),
         embedded=embedded,
         warnings=warnings,
@@ -150,7 +159,7 @@ def load(
     )
 
 
-def _format(wanted: bool | str) -> Fp8Format | None:
+def format_called(wanted: bool | str) -> Fp8Format | None:
     """The format to force: e4m3fn where only a yes is given; None for a no."""
     if isinstance(wanted, bool):
         return E4M3FN if wanted else None
@@ -212,7 +221,9 @@ def _pooled_width(part: Part[nn.Module]) -> int:
     return config.projection or config.width
 
 
-def _text(encoders: Mapping[Kind, Part[nn.Module]], config: MMDiTConfig, folders: Folders) -> TextEncoders:
+def text_encoders_of(
+    encoders: Mapping[Kind, Part[nn.Module]], folders: Folders, *, context_width: int, pooled_width: int
+) -> TextEncoders:
     """The encoders with their tokenizers. As in SD3, T5's texts are at least as long as CLIP's table of positions."""
     clip_l, clip_g, t5 = (encoders.get(kind) for kind in ENCODERS)
     positions = 77
@@ -221,15 +232,15 @@ def _text(encoders: Mapping[Kind, Part[nn.Module]], config: MMDiTConfig, folders
     kits = Tokenizers(
         clip_l=None if clip_l is None else _clip_kit(EncoderTokenizer.clip_l, clip_l, positions),
         clip_g=None if clip_g is None else _clip_kit(EncoderTokenizer.clip_g, clip_g, positions),
-        t5=None if t5 is None else EncoderTokenizer.t5(_vocabulary(t5), minimum=positions, width=config.context_width),
+        t5=None if t5 is None else EncoderTokenizer.t5(_vocabulary(t5), minimum=positions, width=context_width),
     )
     return TextEncoders(
         tokenizers=kits,
         clip_l=cast("Callable[[], ClipTextEncoder] | None", clip_l),
         clip_g=cast("Callable[[], ClipTextEncoder] | None", clip_g),
         t5=cast("Callable[[], T5Encoder] | None", t5),
-        context_width=config.context_width,
-        pooled_width=config.pooled_width,
+        context_width=context_width,
+        pooled_width=pooled_width,
         positions=positions,
         embeddings=_embeddings(folders),
     )

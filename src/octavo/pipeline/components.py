@@ -4,9 +4,10 @@ Finding the files that make up a model is `assemble`'s business.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Generic, TypeVar, cast
 
 import torch
@@ -61,6 +62,7 @@ class Part(Generic[M]):
     Attributes:
         path: of its file.
         config: its configuration.
+        kind: what it is.
         nbytes: of its weights when loaded.
         linears: how many linear layers it has.
         fp8_linears: how many of them keep FP8 weights.
@@ -78,7 +80,8 @@ class Part(Generic[M]):
         finally:
             located.file.close()  # opens by itself when read again
         self.path: Path = located.file.path
-        self.title = TITLES[located.part.kind]
+        self.kind = located.part.kind
+        self.title = TITLES[self.kind]
         self.config: Config = plan.config
         self.device, self.dtype = device, dtype
         self.refused: str | None = None
@@ -92,6 +95,10 @@ class Part(Generic[M]):
             for tensor in plan.model.state_dict().values()
         )
         self._model: M | None = None
+        self._loading = Lock()
+        # For those who keep parts of several models in one memory.
+        self.before_loading: Callable[[], None] = lambda: None
+        self.when_used: Callable[[], None] = lambda: None
 
     @property
     def loaded(self) -> bool:
@@ -100,26 +107,32 @@ class Part(Generic[M]):
 
     def __call__(self) -> M:
         """The model, loaded."""
-        if self._model is None:
-            model = load_part(self._plan()[0], self.device, self.dtype)
-            self._located.file.close()
-            backend = None if self.refused else self._arithmetic.backend
-            paths = prepare(
-                model,
-                self.device,
-                self.dtype,
-                mode=self._arithmetic.mode,
-                backend=backend,
-                measure=self._arithmetic.measure,
-                rows=self._rows,
-                assume_fp8_compute=self._arithmetic.assume_fp8_compute,
-            )
-            if paths.linears:
-                told = "".join(f"\n  {line}" for line in paths.details)
-                refused = f"\n  {self.refused}" if self.refused else ""
-                logger.info("%s (%s): %s%s%s", self.title, self.path.name, paths, refused, told)
-            self._model = cast(M, model)
-        return self._model
+        with self._loading:
+            if self._model is None:
+                self.before_loading()
+                self._model = self._load()
+            self.when_used()
+            return self._model
+
+    def _load(self) -> M:
+        model = load_part(self._plan()[0], self.device, self.dtype)
+        self._located.file.close()
+        backend = None if self.refused else self._arithmetic.backend
+        paths = prepare(
+            model,
+            self.device,
+            self.dtype,
+            mode=self._arithmetic.mode,
+            backend=backend,
+            measure=self._arithmetic.measure,
+            rows=self._rows,
+            assume_fp8_compute=self._arithmetic.assume_fp8_compute,
+        )
+        if paths.linears:
+            told = "".join(f"\n  {line}" for line in paths.details)
+            refused = f"\n  {self.refused}" if self.refused else ""
+            logger.info("%s (%s): %s%s%s", self.title, self.path.name, paths, refused, told)
+        return cast(M, model)
 
     def _plan(self) -> tuple[Plan, int]:
         """How to load it, and how many layers are quantized meanwhile."""
@@ -128,7 +141,7 @@ class Part(Generic[M]):
 
     def _rows(self, layer: str) -> int:
         """How many rows the input of a layer usually has."""
-        if self._located.part.kind != "mmdit":
+        if self.kind != "mmdit":
             return PROMPT_ROWS
         once_a_step = "adaLN_modulation" in layer or layer.startswith(("t_embedder", "y_embedder"))
         return STEP_ROWS if once_a_step else TYPICAL_ROWS
@@ -221,13 +234,18 @@ class Components:
 
     def preview(self, denoised: Tensor) -> Image.Image:
         """A quick look at unfinished latents [1, 16, h, w]."""
-        if self.embedded:
-            pixels = to_uint8(decode(self.vae(), denoised))
-        else:
-            factors = torch.tensor(LATENT_TO_RGB, dtype=torch.float32)
-            rgb = denoised.float().cpu().movedim(1, -1) @ factors + torch.tensor(LATENT_TO_RGB_BIAS)
-            pixels = to_uint8(rgb.movedim(-1, 1))
-        return Image.fromarray(pixels[0].cpu().numpy())
+        return preview(denoised, self.vae if self.embedded else None)
+
+
+def preview(denoised: Tensor, vae: Part[VAE] | None) -> Image.Image:
+    """A quick look at unfinished latents [1, 16, h, w]: by the VAE where it is small, else by the channels' colours."""
+    if vae is not None:
+        pixels = to_uint8(decode(vae(), denoised))
+    else:
+        factors = torch.tensor(LATENT_TO_RGB, dtype=torch.float32)
+        rgb = denoised.float().cpu().movedim(1, -1) @ factors + torch.tensor(LATENT_TO_RGB_BIAS)
+        pixels = to_uint8(rgb.movedim(-1, 1))
+    return Image.fromarray(pixels[0].cpu().numpy())
 
 
 # Least-squares colours of the released VAE's latent channels, as ComfyUI uses them for its previews of SD3.

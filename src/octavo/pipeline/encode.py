@@ -39,7 +39,7 @@ class Conditioning:
         return Conditioning(self.context.to(device, dtype), self.pooled.to(device, dtype))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class TextEncoders:
     """What turns prompts into conditioning; None for an encoder that is missing."""
 
