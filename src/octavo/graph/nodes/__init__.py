@@ -1,0 +1,24 @@
+"""The nodes that Octavo has, by ComfyUI's names for them; `types` says what travels between them.
+
+Each module ends in a tuple `NODES` of those that it declares. A node with a value that Octavo does not honour refuses
+it (`RequestError`) rather than ignore it.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from octavo.graph.nodes import (
+    conditioning,
+    guiders,
+    loaders,
+    model_edits,
+    sampling,
+    sigmas,
+    text,
+)
+from octavo.graph.spec import NodeSpec
+
+_MODULES = (loaders, text, conditioning, model_edits, sampling, sigmas, guiders)
+
+NODES: Mapping[str, NodeSpec] = MappingProxyType({spec.name: spec for module in _MODULES for spec in module.NODES})
+"""All nodes by name."""

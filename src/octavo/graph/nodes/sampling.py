@@ -1,0 +1,3 @@
+from octavo.graph.spec import NodeSpec
+
+NODES: tuple[NodeSpec, ...] = ()
