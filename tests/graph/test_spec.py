@@ -49,15 +49,15 @@ def _declared(entry: dict[str, Any]) -> NodeSpec:
 ELSEWISE = {"LoadImageOutput", "PreviewAny"}
 
 
-@pytest.mark.parametrize("name", sorted(set(recorded_nodes()) - ELSEWISE))
-def test_every_recorded_entry_can_be_declared(name):
-    entry = recorded_nodes()[name]
+def test_every_recorded_entry_can_be_declared():
+    for name in set(recorded_nodes()) - ELSEWISE:
+        entry = recorded_nodes()[name]
 
-    ours = _declared(entry).object_info(NOWHERE)
+        ours = _declared(entry).object_info(NOWHERE)
 
-    assert ours == entry
-    assert list(ours) == list(entry)
-    assert [list(ours["input"][s]) for s in ours["input"]] == [list(entry["input"][s]) for s in entry["input"]]
+        assert ours == entry
+        assert list(ours) == list(entry)
+        assert [list(ours["input"][s]) for s in ours["input"]] == [list(entry["input"][s]) for s in entry["input"]]
 
 
 def _repeat(**changes: Any) -> NodeSpec:
