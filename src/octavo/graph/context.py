@@ -47,6 +47,7 @@ class Context:
     prompt: Mapping[str, Any] = field(default_factory=dict)  # the whole workflow in the API format
     extra_pnginfo: Mapping[str, Any] = field(default_factory=dict)  # what pictures keep beside it: the web's "workflow"
     metadata: bool = True  # whether saved pictures carry the two
+    max_pixels: int = 16384 * 16384  # of a picture to draw; larger ones are refused
     node_id: str = ""
     report: Report = _unheard  # how `progress` is told; use `progress`
 
