@@ -27,7 +27,7 @@ from octavo.evaluate.stress import put_outliers_in
 from octavo.pipeline.assemble import EMBEDDED_MODEL, load
 from octavo.quantize import load_recipe
 
-RECIPES = ("cast", "tensor", "row", "comfy", "best")
+RECIPES = ("cast", "tensor", "row", "comfy", "static", "best")
 PREFIX = "model.diffusion_model."
 MEASURES = ("ssim", "distance", "latent_error", "fid", "fid_rise", "fid_rise_low", "fid_rise_high", "right_all")
 

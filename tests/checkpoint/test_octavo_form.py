@@ -265,6 +265,8 @@ def tensor(ending: str, value: Tensor) -> Change:
         pytest.param(
             lambda tensors, _: tensors.pop(f"{LAYER}.weight_scale"), "holds no such tensor", id="no scale at all"
         ),
+        pytest.param(layer(step_sigmas="x"), "step_sigmas = 'x'; expected a list of numbers", id="no levels"),
+        pytest.param(layer(step_sigmas=[0.5]), r"2 input scales over the schedule, .* of shape \[2\]", id="one scale"),
         pytest.param(tensor(".low_rank_up", torch.zeros(512, 3)), r"needs \[512, 2\]", id="ranks that differ"),
         pytest.param(
             tensor(".low_rank_up", torch.zeros(512, 2, dtype=torch.int8)), "in 16 or 32 bits", id="branch of integers"

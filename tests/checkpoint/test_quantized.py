@@ -30,6 +30,8 @@ BLOCK = LayerOutput(spec=LinearSpec(granularity="block", block=(96, 64)))
 TENSOR = LayerOutput(spec=LinearSpec())
 BEST = LayerOutput(spec=LinearSpec(granularity="row", input_scale=True, full_precision=True), low_rank=2)
 
+STEPS = LayerOutput(spec=LinearSpec(granularity="row", input_scale=True, step_sigmas=(0.8, 0.5)))
+
 
 def quantized(weight: Tensor, bias: Tensor | None, output: LayerOutput) -> QuantizedLayer:
     """A layer made as the output announces it, with a bias that was corrected."""
@@ -38,7 +40,10 @@ def quantized(weight: Tensor, bias: Tensor | None, output: LayerOutput) -> Quant
     return QuantizedLayer(
         weight=quantize(weight, output.spec.format, output.spec.granularity, block=output.spec.block),
         bias=None if bias is None else bias + 0.25,
-        input_scale=torch.tensor(0.125) if output.spec.input_scale else None,
+        input_scale=torch.tensor([0.125, 0.5, 0.25] if output.spec.step_sigmas else 0.125)
+        if output.spec.input_scale
+        else None,
+        step_sigmas=output.spec.step_sigmas,
         full_precision=output.spec.full_precision,
         low_rank=(torch.randn(rank, columns, generator=generator).half(), torch.randn(rows, rank).half())
         if rank
@@ -80,6 +85,7 @@ def assert_holds(model: MMDiT, layers: dict[str, QuantizedLayer]) -> None:
         assert torch.equal(layer.q.view(torch.uint8), put.weight.q.view(torch.uint8))
         assert torch.equal(layer.scale, put.weight.scale)
         assert layer.spec.full_precision == put.full_precision
+        assert layer.spec.step_sigmas == put.step_sigmas
         for got, given in ((layer.bias, put.bias), (layer.input_scale, put.input_scale)):
             assert (got is None) == (given is None)
             assert got is None or torch.equal(got, given.float())  # type: ignore[union-attr]
@@ -94,7 +100,8 @@ def assert_holds(model: MMDiT, layers: dict[str, QuantizedLayer]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("output", "form"), [(ROW, "octavo"), (BLOCK, "octavo"), (TENSOR, "octavo"), (BEST, "octavo"), (TENSOR, "comfyui")]
+    ("output", "form"),
+    [(ROW, "octavo"), (BLOCK, "octavo"), (TENSOR, "octavo"), (BEST, "octavo"), (STEPS, "octavo"), (TENSOR, "comfyui")],
 )
 def test_what_is_loaded_is_what_was_put_in(tmp_path: Path, source: Path, output: LayerOutput, form: OutputForm) -> None:
     layers = write(source, tmp_path / "q.safetensors", output, form)
@@ -237,7 +244,14 @@ def test_an_interrupted_job_ends_in_the_same_file(tmp_path: Path, source: Path) 
 
 @pytest.mark.parametrize(
     ("output", "complaint"),
-    [(ROW, "scales by row, which ComfyUI does not read"), (replace(TENSOR, low_rank=4), "a low-rank branch, which")],
+    [
+        (ROW, "scales by row, which ComfyUI does not read"),
+        (replace(TENSOR, low_rank=4), "a low-rank branch, which"),
+        (
+            replace(TENSOR, spec=replace(STEPS.spec, granularity="tensor")),
+            "input scales by parts of the schedule, which",
+        ),
+    ],
 )
 def test_what_comfyui_cannot_read_is_not_written_for_it(source: Path, output: LayerOutput, complaint: str) -> None:
     with pytest.raises(RequestError, match=complaint):

@@ -16,8 +16,9 @@ from octavo.checkpoint import load_mmdit
 from octavo.checkpoint.save import save_safetensors
 from octavo.compress.job import quantize_checkpoint
 from octavo.compress.progress import Progress
-from octavo.fp8 import Fp8Linear
+from octavo.fp8 import Fp8Linear, step_group
 from octavo.quantize import load_recipe, quantize_layer, read_recipe
+from octavo.sampling import schedule
 from tests.compress.small import model, settings
 
 MMDIT = "model.diffusion_model."
@@ -84,6 +85,24 @@ def test_the_file_loads_and_draws(tree: Path, finished: tuple[Path, list[Progres
     components = octavo.load(finished[0], models_dir=tree, device="cpu", backend="plain-w8a8")
     request = octavo.GenerateRequest(prompt="a red star", steps=1, width=64, height=64, seed=0)
     assert octavo.generate(components, request)
+
+
+def test_inputs_that_drift_get_a_scale_for_each_part_of_the_schedule(tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "static.safetensors"
+    quantize_checkpoint("tiny", out, settings(tree, recipe="static", steps=4))
+    mmdit = load_mmdit(out)
+    fc2 = mmdit.joint_blocks[0].x_block.mlp.fc2
+    fc1 = mmdit.joint_blocks[0].x_block.mlp.fc1
+    assert isinstance(fc1, Fp8Linear)
+    assert isinstance(fc2, Fp8Linear)
+    assert fc1.input_scale is not None
+    assert fc2.input_scale is not None
+    assert fc1.input_scale.shape == ()
+    assert fc2.input_scale.shape == (4,)
+    assert len(set(fc2.input_scale.tolist())) > 1
+    # One step of the calibration's schedule falls into each part.
+    sigmas = schedule("normal", 4)[:-1]
+    assert [step_group(sigma, fc2.spec.step_sigmas) for sigma in sigmas] == [0, 1, 2, 3]
 
 
 def test_progress_goes_from_nothing_to_all_in_every_phase(finished: tuple[Path, list[Progress]]) -> None:

@@ -15,7 +15,7 @@ def test_a_recipe_written_as_toml_reads_back_as_the_same(name: str) -> None:
 
 
 def test_there_are_the_recipes_that_the_documentation_names() -> None:
-    assert recipe_names() == ("best", "cast", "comfy", "row", "tensor")
+    assert recipe_names() == ("best", "cast", "comfy", "row", "static", "tensor")
 
 
 def test_later_rules_lie_over_earlier_ones() -> None:
@@ -91,3 +91,13 @@ def test_an_unknown_name_lists_the_recipes_and_an_unreadable_file_is_named(tmp_p
         load_recipe("bset")
     with pytest.raises(RecipeError, match=r"gone\.toml"):
         load_recipe(f"{tmp_path}/gone.toml")
+
+
+def test_scales_that_follow_the_schedule_are_only_for_static_inputs() -> None:
+    recipe = read_recipe('[default]\ninput = "static"\n[[rules]]\nlayers = ["a.*"]\ninput_steps = true\n', "here")
+    assert recipe.rule("a.b").input_steps
+    assert recipe.rule("a.b").statistics == {"range"}
+    assert not recipe.rule("b").input_steps
+    wrong = read_recipe("[default]\ninput_steps = true\n", "here")
+    with pytest.raises(RecipeError, match="whose input is dynamic: only static scales can follow"):
+        wrong.rule("a")

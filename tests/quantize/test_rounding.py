@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from octavo.fp8 import E4M3FN, E5M2, FORMATS, Fp8Format, Granularity, dequantize, quantize
 from octavo.fp8.scale import BLOCK
@@ -11,7 +11,7 @@ from octavo.quantize.low_rank import low_rank_branch
 from octavo.quantize.observe import InputStatistics, Observer
 from octavo.quantize.recipe import InputScaleChoice
 from octavo.quantize.rounding import expected_error, gptq
-from octavo.quantize.scales import input_scale, weight_scale
+from octavo.quantize.scales import input_scale, input_scales, weight_scale
 
 
 def correlated(rows: int, features: int, seed: int = 0) -> Tensor:
@@ -169,3 +169,17 @@ def test_a_static_scale_serves_the_quiet_part_of_the_schedule_too() -> None:
         return max(float((dequantize(quantize(x, scale=scale)) - x).norm() / x.norm()) for x in (quiet, loud))
 
     assert worst(input_scale(statistics, "mse")) < 0.6 * worst(input_scale(statistics, "amax"))
+
+
+def test_scales_by_step_group_serve_each_group_as_if_it_were_alone() -> None:
+    torch.manual_seed(0)
+    quiet, loud = torch.randn(64, 32), 1000 * torch.randn(64, 32)
+    layer = nn.Linear(32, 8)
+    with Observer({"a": layer}, {"a": frozenset({"range"})}, 3) as observer:
+        for observer.group, x in ((0, loud), (2, quiet)):
+            layer(x)
+    statistics = observer.statistics("a")
+    assert statistics is not None
+    scales = input_scales(statistics, "amax")
+    expected = [float(loud.abs().max()), float(loud.abs().max()), float(quiet.abs().max())]  # nothing came of group 1
+    torch.testing.assert_close(scales * 448, torch.tensor(expected))

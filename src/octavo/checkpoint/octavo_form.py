@@ -6,7 +6,8 @@
 Layers go by their full names in the file, without `.weight`. Beside `X.weight` [N, K] in FP8 the file holds
 
 - `X.weight_scale`, float32: [] by tensor, [N, 1] by row, [⌈N/n⌉, ⌈K/k⌉] by blocks of n rows and k columns;
-- `X.input_scale`, float32 []: optional, calibrated;
+- `X.input_scale`, float32 []: optional, calibrated; [k + 1] where the description has k `step_sigmas`, falling noise
+  levels at which it changes;
 - `X.low_rank_down` [r, K] and `X.low_rank_up` [N, r], 16-bit: optional; the layer adds x · downᵀ · upᵀ.
 
 `full_precision` asks never to round the layer's input. Older files are read by `scales`, which reads this one too.
@@ -45,6 +46,7 @@ class LayerForm:
     block: Block | None = None  # what shares a scale, where granularity is block
     full_precision: bool = False
     low_rank: int = 0  # rank of the branch; 0 is none
+    step_sigmas: tuple[float, ...] = ()  # falling levels at which the input's scale changes
 
     def as_json(self) -> dict[str, object]:
         """The layer's entry under `octavo.quantization`."""
@@ -55,6 +57,8 @@ class LayerForm:
             fields["full_precision"] = True
         if self.low_rank:
             fields["low_rank"] = self.low_rank
+        if self.step_sigmas:
+            fields["step_sigmas"] = list(self.step_sigmas)
         return fields
 
 
@@ -168,6 +172,7 @@ def _form(fields: object, where: str) -> LayerForm:
         _refuse(where, fields, "a layer", "an object")
     fmt, granularity = fields.get("format"), fields.get("granularity")
     block, full_precision, rank = fields.get("block"), fields.get("full_precision", False), fields.get("low_rank", 0)
+    steps = fields.get("step_sigmas", [])
     if fmt not in FORMATS:
         raise UnsupportedFormatError(f"{where} has the format {fmt!r:.60}; known are {', '.join(FORMATS)}. {ADVICE}")
     if granularity not in GRANULARITIES:
@@ -183,12 +188,15 @@ def _form(fields: object, where: str) -> LayerForm:
         _refuse(where, full_precision, "full_precision", "true or false")
     if type(rank) is not int or rank < 0:
         _refuse(where, rank, "low_rank", "a whole number from 0 up")
+    if not (isinstance(steps, list) and all(type(sigma) in (int, float) for sigma in steps)):
+        _refuse(where, steps, "step_sigmas", "a list of numbers")
     return LayerForm(
         format=fmt,
         granularity=granularity,
         block=None if block is None else (block[0], block[1]),
         full_precision=full_precision,
         low_rank=rank,
+        step_sigmas=tuple(float(sigma) for sigma in steps),
     )
 
 

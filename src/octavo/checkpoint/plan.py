@@ -85,10 +85,18 @@ class Origin:
 
     @property
     def input_scale(self) -> Tensor | None:
-        """Of the whole, shape []; None unless every slab has one."""
+        """Of the whole, [], or [G] with `step_sigmas`; None unless every slab has one."""
         scales = [slab.rule.input_scale for slab in self.slabs if slab.rule and slab.rule.input_scale is not None]
+        if len(scales) != len(self.slabs):
+            return None
         # Queries, keys and values share an input; where they were calibrated apart, the largest keeps all in range.
-        return torch.stack(scales).amax() if len(scales) == len(self.slabs) else None
+        return torch.stack(scales).amax(0) if self.step_sigmas else torch.stack([each.amax() for each in scales]).amax()
+
+    @property
+    def step_sigmas(self) -> tuple[float, ...]:
+        """Levels at which the input's scale changes; none where the slabs do not agree on them."""
+        levels = {() if slab.rule is None else slab.rule.step_sigmas for slab in self.slabs}
+        return levels.pop() if len(levels) == 1 else ()
 
     @property
     def low_rank(self) -> int:
@@ -111,6 +119,7 @@ class Origin:
             granularity="block" if block else "row" if scale.ndim else "tensor",
             block=block or BLOCK,
             input_scale=self.input_scale is not None,
+            step_sigmas=self.step_sigmas,
             full_precision=any(slab.rule is not None and slab.rule.full_precision for slab in self.slabs),
         )
 

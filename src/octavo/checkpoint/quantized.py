@@ -92,7 +92,7 @@ class Output:
         scale = layer.weight.scale.float()
         tensors = {f"{full}.weight": layer.weight.q, f"{full}.weight_scale": scale}
         if layer.input_scale is not None:
-            tensors[f"{full}.input_scale"] = layer.input_scale.float().reshape(())
+            tensors[f"{full}.input_scale"] = layer.input_scale.float()
         if layer.bias is not None:
             tensors[f"{full}.bias"] = layer.bias.to(self.layout[f"{full}.bias"][0])
         if layer.low_rank is not None:
@@ -179,7 +179,8 @@ def _layout(
         f"{full}.weight_scale": (torch.float32, octavo_form.scale_shape(described, (rows, columns))),
     }
     if output.spec.input_scale:
-        layout[f"{full}.input_scale"] = (torch.float32, ())
+        count = (len(described.step_sigmas) + 1,) if described.step_sigmas else ()
+        layout[f"{full}.input_scale"] = (torch.float32, count)
     if f"{name}.bias" in origins:
         layout[f"{full}.bias"] = (torch_dtype(origins[f"{name}.bias"].slabs[0].entry), (rows,))
     if output.low_rank:
@@ -199,6 +200,7 @@ def _form(output: LayerOutput) -> LayerForm:
         block=spec.block if spec.granularity == "block" else None,
         full_precision=spec.full_precision,
         low_rank=output.low_rank,
+        step_sigmas=spec.step_sigmas,
     )
 
 
@@ -212,8 +214,10 @@ def _refuse_quantized(plan: Plan) -> None:
 
 
 def _refuse_for_comfyui(name: str, output: LayerOutput) -> None:
-    if output.spec.granularity != "tensor" or output.low_rank:
-        what = "a low-rank branch" if output.low_rank else f"scales by {output.spec.granularity}"
+    if output.spec.granularity != "tensor" or output.low_rank or output.spec.step_sigmas:
+        what = "input scales by parts of the schedule" if output.spec.step_sigmas else "a low-rank branch"
+        if output.spec.granularity != "tensor":
+            what = f"scales by {output.spec.granularity}"
         raise RequestError(
             f"The recipe gives '{name}' {what}, which ComfyUI does not read. Write --format octavo, or use a recipe "
             "with one scale for each matrix, such as 'comfy'."

@@ -46,7 +46,8 @@ class WeightRule:
     """How to read one FP8 weight."""
 
     scale: Tensor | None  # [] or [rows, 1], or by block, float32 on the CPU; None: the codes are the values
-    input_scale: Tensor | None = None  # [] float32 on the CPU
+    input_scale: Tensor | None = None  # [] float32 on the CPU; [G] where it changes over the schedule
+    step_sigmas: tuple[float, ...] = ()  # falling levels at which it does
     full_precision: bool = False  # the file asks not to multiply in FP8
     low_rank: LowRank | None = None  # a branch to be added to the layer's output
     block: Block | None = None  # what shares a scale, where scales are by block
@@ -107,7 +108,7 @@ class ScaleRules:
         full_precision = (self._marker is not None and self._marker.shape == (2,)) or (
             layer is not None and layer.full_precision
         )
-        return WeightRule(scale, input_scale, full_precision)
+        return WeightRule(scale, input_scale, full_precision=full_precision)
 
     def _own_rule(self, weight: Entry, layer: str, form: LayerForm) -> WeightRule:
         """The rule of a layer that is described in our own form, which leaves nothing to guess."""
@@ -126,11 +127,24 @@ class ScaleRules:
             )
         return WeightRule(
             self._read_scale(entry),
-            self._scale(layer, INPUT_SCALES, rows=1),
+            self._input_scales(layer, form) if form.step_sigmas else self._scale(layer, INPUT_SCALES, rows=1),
+            form.step_sigmas,
             form.full_precision,
             octavo_form.low_rank(self._file, layer, form),
             form.block,
         )
+
+    def _input_scales(self, layer: str, form: LayerForm) -> Tensor:
+        """[G], one for each part of the schedule."""
+        name, count = layer + INPUT_SCALES[0], len(form.step_sigmas) + 1
+        entry = self._entries.get(name)
+        if entry is None or entry.shape != (count,):
+            held = "no such tensor" if entry is None else f"one of shape {list(entry.shape)}"
+            raise CorruptFileError(
+                f"'{self._file.path}' describes '{layer}' with {count} input scales over the schedule, for which it "
+                f"needs '{name}' of shape [{count}], and holds {held}. {octavo_form.ADVICE}"
+            )
+        return self._read_scale(entry)
 
     def _scale(self, layer: str, endings: tuple[str, ...], rows: int) -> Tensor | None:
         name = next((layer + ending for ending in endings if layer + ending in self._entries), None)

@@ -158,8 +158,9 @@ class _Whole:
 
     @property
     def input_scale(self) -> Tensor | None:
-        """[]; the largest where pieces that share an input were calibrated apart. None unless all pieces have one."""
-        scales = [rule.input_scale for rule in self.rules if rule.input_scale is not None]
+        """[]; the largest where there are several: of pieces that share an input and were calibrated apart, or of parts
+        of the schedule, which ComfyUI's form cannot tell apart. None unless all pieces have one."""
+        scales = [rule.input_scale.amax() for rule in self.rules if rule.input_scale is not None]
         return torch.stack(scales).amax() if scales and len(scales) == len(self.cuts) else None
 
     @cached_property

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -88,6 +88,7 @@ def quantize_checkpoint(
         keep = False if settings.low_memory else None
         stream = BlockStream(located, device, pick_dtype(settings.dtype, device), keep=keep)
         setup = set_up(opened, stream, settings)
+        recipes = [(form, replace(recipe, step_sigmas=setup.runs.step_sigmas)) for form, recipe in recipes]
         planned = [plan_file(stream, place, *asked) for place, asked in zip(places, recipes, strict=True)]
         for file in planned:
             spare_weights(stream, file, settings)  # refuses a budget that is too small

@@ -30,6 +30,7 @@ def outputs_of(stream: BlockStream, recipe: Recipe) -> dict[str, LayerOutput]:
                     granularity=rule.granularity,
                     block=rule.block,
                     input_scale=rule.input == "static",
+                    step_sigmas=recipe.step_sigmas if rule.input_steps else (),
                     full_precision=rule.input == "exact",
                 ),
                 low_rank=min(rule.low_rank, linear.in_features, linear.out_features),
@@ -65,7 +66,7 @@ def quantized_layers(
     for name in names:
         weight, bias = stream.weights(name)
         statistics = None if observer is None else observer.statistics(name)
-        yield name, quantize_layer(name, weight, bias, recipe.rule(name), statistics)
+        yield name, quantize_layer(name, weight, bias, recipe.rule(name), statistics, recipe.step_sigmas)
         del weight, statistics
         trim_memory()
 
@@ -108,7 +109,8 @@ def _equalized(
     for name in names:
         weight, bias = (_plain(tensor) for tensor in (layers[name].weight, layers[name].bias))
         assert weight is not None
-        yield name, quantize_layer(name, weight, bias, recipe.rule(name), after.statistics(name))
+        statistics = after.statistics(name)
+        yield name, quantize_layer(name, weight, bias, recipe.rule(name), statistics, recipe.step_sigmas)
         trim_memory()
 
 

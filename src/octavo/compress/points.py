@@ -57,6 +57,11 @@ class Runs:
         return schedule(self.schedule, self.steps, shift=self.shift)
 
     @property
+    def step_sigmas(self) -> tuple[float, ...]:
+        """Levels at which a new part of the schedule begins, `GROUPS` - 1 of them, falling."""
+        return tuple(self.sigmas[-(-group * self.steps // GROUPS)] for group in range(1, GROUPS))
+
+    @property
     def guidance(self) -> Guidance:
         return Guidance(classifier_free=ClassifierFree(scale=self.guidance_scale), skip_layers=self.skip_layers)
 

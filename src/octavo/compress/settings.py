@@ -85,6 +85,8 @@ class QuantizeSettings:
 
 
 def readable_by_comfyui(recipe: Recipe) -> bool:
-    """Whether all layers of a recipe have one scale and no low-rank branch."""
+    """Whether all layers of a recipe have one scale, one for the input, and no low-rank branch."""
     rules = [recipe.default, *(recipe.rule(pattern) for patterns, _ in recipe.rules for pattern in patterns)]
-    return all(rule.keep or (rule.granularity == "tensor" and not rule.low_rank) for rule in rules)
+    return all(
+        rule.keep or (rule.granularity == "tensor" and not rule.low_rank and not rule.input_steps) for rule in rules
+    )

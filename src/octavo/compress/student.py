@@ -75,7 +75,7 @@ class StudentLinear(nn.Module):
         layer = self.layer
         # Codes are numbers of bfloat16; scales and bias act in float32: bfloat16 does not see changes below 0.4 %.
         if isinstance(layer, Fp8Linear):
-            codes, rows = (x, 1.0) if layer.spec.full_precision else _Rounded.apply(x, layer.input_scale)  # type: ignore[no-untyped-call]
+            codes, rows = (x, 1.0) if layer.spec.full_precision else _Rounded.apply(x, layer.input_scale_of(x))  # type: ignore[no-untyped-call]
             y = _CodeProduct.apply(codes, layer.q).float() * rows * self.scale()[:, 0]  # type: ignore[no-untyped-call]
         else:
             y = F.linear(x, layer.weight).float()
@@ -163,6 +163,7 @@ def close(model: nn.Module, dtype: torch.dtype) -> dict[str, Trained]:
                 format=spec.format,
                 granularity="row",
                 input_scale=spec.input_scale,
+                step_sigmas=spec.step_sigmas,
                 full_precision=spec.full_precision,
             )
             layer.scale = new.scale

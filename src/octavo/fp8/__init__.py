@@ -9,6 +9,7 @@ from octavo.fp8.matmul import BACKENDS
 from octavo.fp8.needs import Mode, Problem
 from octavo.fp8.prepare import Paths, paths, prepare, refused
 from octavo.fp8.scale import Granularity, Scaled, dequantize, quantize
+from octavo.fp8.steps import at_sigmas, step_group
 from octavo.fp8.survey import survey
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Problem",
     "Scaled",
     "all_finite",
+    "at_sigmas",
     "choose_backend",
     "dequantize",
     "find_backend",
@@ -34,6 +36,7 @@ __all__ = [
     "prepare",
     "quantize",
     "refused",
+    "step_group",
     "survey",
     "watch",
 ]

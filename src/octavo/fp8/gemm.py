@@ -16,7 +16,7 @@ def torch_matmul(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Te
         x: [M, K] bfloat16, or float32 on a CPU.
         weight: [N, K] e4m3fn; N and K divisible by 16 on a GPU.
         bias: [N] or None.
-        input_scale: [] float32 of x, or None.
+        input_scale: [] or [M, 1] float32 of x, or None.
 
     Returns:
         [M, N] in x's dtype.

@@ -28,6 +28,7 @@ class LinearSpec:
     granularity: Granularity = "tensor"  # of the weight's scale; a row is an output channel
     block: Block = BLOCK  # rows and columns that share a scale, where granularity is "block"
     input_scale: bool = False  # whether a calibrated scale of the input comes with it
+    step_sigmas: tuple[float, ...] = ()  # falling noise levels at which that scale changes; see `steps`
     full_precision: bool = False  # never multiply in FP8: the file asks for it
 
 
@@ -37,7 +38,9 @@ class Fp8Linear(nn.Module):
     Attributes:
         q: [out, in] FP8 weight; on the meta device once a twin has taken its place.
         scale: [] or [out, 1] or by block, float32; the weight is q · scale.
-        input_scale: [] float32, for arithmetic that rounds the input to FP8 too, or None.
+        input_scale: [] float32, for arithmetic that rounds the input to FP8 too, or None. [G] where it changes over the
+            schedule.
+        groups: which of G holds now: for all rows, or a tensor [B] of each; None: the largest. See `steps`.
         bias: [out] in the compute dtype, or None.
         lora_down, lora_up: [r, in] and [out, r] in the compute dtype, or None.
         choice: the backend with the reasons against the others, or None before `prepare`.
@@ -68,14 +71,16 @@ class Fp8Linear(nn.Module):
         shape = scale_shape(out_features, in_features, spec.granularity, spec.block)
         self.register_buffer("q", torch.zeros(out_features, in_features, dtype=spec.format.dtype, device=device))
         self.register_buffer("scale", torch.ones(shape, dtype=torch.float32, device=device))
+        sizes = (len(spec.step_sigmas) + 1,) if spec.step_sigmas else ()
         self.register_buffer(
-            "input_scale", torch.ones((), dtype=torch.float32, device=device) if spec.input_scale else None
+            "input_scale", torch.ones(sizes, dtype=torch.float32, device=device) if spec.input_scale else None
         )
         self.bias = (
             nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype), requires_grad=False) if bias else None
         )
         self.register_parameter("lora_down", None)
         self.register_parameter("lora_up", None)
+        self.groups: int | Tensor | None = None
         self.choice: Choice | None = None
         self._twin: Scaled | None = None
 
@@ -83,14 +88,27 @@ class Fp8Linear(nn.Module):
         """[..., in] → [..., out], both in x's dtype."""
         backend = PLAIN if self.choice is None else self.choice.backend
         rows = x.reshape(-1, self.in_features)
+        input_scale = self.input_scale_of(x)
         y: Tensor
         if torch.is_grad_enabled() and (rows.requires_grad or (self.bias is not None and self.bias.requires_grad)):
-            y = _Multiply.apply(rows, self._weight_to_differentiate(), self.bias, self.input_scale, backend)  # type: ignore[no-untyped-call]
+            y = _Multiply.apply(rows, self._weight_to_differentiate(), self.bias, input_scale, backend)  # type: ignore[no-untyped-call]
         else:
-            y = backend.run(rows, self._twin or self.scaled, self.bias, self.input_scale)
+            y = backend.run(rows, self._twin or self.scaled, self.bias, input_scale)
         if self.lora_down is not None and self.lora_up is not None:
             y = y + F.linear(F.linear(rows, self.lora_down.to(x.dtype)), self.lora_up.to(x.dtype))
         return y.view(*x.shape[:-1], self.out_features)
+
+    def input_scale_of(self, x: Tensor) -> Tensor | None:
+        """The calibrated scale for `x` [B, ..., in]: [], or [rows, 1] where parts of the schedule are mixed."""
+        scale, groups = self.input_scale, self.groups
+        if scale is None or not scale.ndim:
+            return scale
+        if groups is None:
+            return scale.amax()
+        if isinstance(groups, int):
+            return scale[groups]
+        rows = x.numel() // self.in_features
+        return scale[groups].repeat_interleave(rows // len(groups)).view(rows, 1)
 
     @property
     def scaled(self) -> Scaled:

@@ -48,8 +48,8 @@ def plain_wide(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Tens
 def plain_w8a8(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Tensor | None) -> Tensor:
     """The definition of FP8 by FP8: x [M, K] rounded to e4m3fn, times weight [N, K]ᵀ, plus bias, all in float32.
 
-    x is rounded by `input_scale`, shape [], where there is one, else row by row (see `scale.quantize_input`). That is
-    what GPUs compute, so the quality of their arithmetic can be measured on any machine.
+    x is rounded by `input_scale`, [] or [M, 1], where there is one, else row by row (see `scale.quantize_input`). That
+    is what GPUs compute, so the quality of their arithmetic can be measured on any machine.
 
     Returns:
         [M, N], rounded once to x's dtype.

@@ -14,6 +14,7 @@ from torch import nn
 
 from octavo.devices import trim_memory
 from octavo.errors import RequestError
+from octavo.fp8 import steps
 from octavo.fp8.backends import Backend, Choice, UnusableError, choose_backend, find_backend
 from octavo.fp8.linear import Fp8Linear
 from octavo.fp8.matmul import BACKENDS
@@ -103,6 +104,7 @@ def prepare(
         RequestError: no backend has that name, or no layer of the model can use it; or the model was prepared in mode
             "fast" and has given up its FP8 weights.
     """
+    steps.forget(model)
     wanted = None if backend is None else find_backend(backends, backend)
     if wanted is not None and (why := refused(model, device, dtype, wanted, assume_fp8_compute=assume_fp8_compute)):
         raise RequestError(why)

@@ -91,8 +91,8 @@ def quantize_input(x: Tensor, input_scale: Tensor | None) -> Scaled:
 
     Args:
         x: [M, K].
-        input_scale: [] float32, calibrated: one for all of `x`, whose larger values are clamped. None: each row is
-            scaled by its own largest value.
+        input_scale: float32, calibrated: [], one for all of `x`, or [M, 1], one for each row, clamping what is larger.
+            None: each row is scaled by its own largest value.
 
     Returns:
         q [M, K], scale [] or [M, 1].

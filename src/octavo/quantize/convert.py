@@ -37,6 +37,7 @@ def apply(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> None:
             granularity="block" if block else "row" if layer.weight.scale.ndim else "tensor",
             block=block or BLOCK,
             input_scale=layer.input_scale is not None,
+            step_sigmas=layer.step_sigmas,
             full_precision=layer.full_precision,
         )
         new = _empty(linear, spec)

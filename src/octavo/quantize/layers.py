@@ -10,11 +10,16 @@ from octavo.quantize.low_rank import low_rank_branch
 from octavo.quantize.observe import InputStatistics
 from octavo.quantize.recipe import LayerRule
 from octavo.quantize.rounding import gptq
-from octavo.quantize.scales import input_scale, weight_scale
+from octavo.quantize.scales import input_scale, input_scales, weight_scale
 
 
 def quantize_layer(
-    name: str, weight: Tensor, bias: Tensor | None, rule: LayerRule, statistics: InputStatistics | None
+    name: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    rule: LayerRule,
+    statistics: InputStatistics | None,
+    step_sigmas: tuple[float, ...] = (),
 ) -> QuantizedLayer:
     """What becomes of a linear layer.
 
@@ -24,6 +29,7 @@ def quantize_layer(
         bias: [N] or None.
         rule: not one that keeps the layer.
         statistics: of its input; None for rules that need none.
+        step_sigmas: levels between the groups of `statistics`, for a rule with `input_steps`.
 
     Raises:
         CheckpointError: the weight holds NaN or infinity.
@@ -55,9 +61,16 @@ def quantize_layer(
     else:
         scaled = quantize(rest, rule.fp8_format, rule.granularity, scale, rule.block)
 
-    static = None
+    static, steps = None, step_sigmas if rule.input_steps else ()
     if rule.input == "static":
         static = torch.ones(()) if statistics is None else input_scale(statistics, rule.input_scale)
+        if steps and statistics is not None:
+            static = input_scales(statistics, rule.input_scale)
     return QuantizedLayer(
-        weight=scaled, bias=bias, input_scale=static, full_precision=rule.input == "exact", low_rank=branch
+        weight=scaled,
+        bias=bias,
+        input_scale=static,
+        full_precision=rule.input == "exact",
+        low_rank=branch,
+        step_sigmas=steps,
     )

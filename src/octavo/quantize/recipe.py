@@ -39,6 +39,7 @@ class LayerRule:
     damping: float = 0.05  # of GPTQ, relative to the inputs' mean squares
     input: InputRounding = "dynamic"  # at run time: a scale for each row, a calibrated one, or never rounded
     input_scale: InputScaleChoice = "mse"  # which one, where `input` is static
+    input_steps: bool = False  # a static scale for each part of the schedule, for inputs that drift over it
     low_rank: int = 0  # rank of a branch in 16 bits that carries what the weight's largest directions do
 
     @property
@@ -53,7 +54,8 @@ class LayerRule:
         if not self.keep:
             if self.rounding == "gptq":
                 needed.add("covariance")
-            if self.low_rank or self.scale == "mse" or (self.input == "static" and self.input_scale != "one"):
+            calibrated = self.input == "static" and (self.input_steps or self.input_scale != "one")
+            if self.low_rank or self.scale == "mse" or calibrated:
                 needed.add("range")
         return frozenset(needed)
 
@@ -69,6 +71,7 @@ class Recipe:
         rules: patterns of layer names with what they change, in order; `*` stands for anything.
         equalize: move outliers between neighbouring layers first, see `seams`.
         min_psnr: dB that pictures must reach against the 16-bit model's, or None.
+        step_sigmas: falling noise levels between the parts of the schedule that it is calibrated on; not in the file.
     """
 
     name: str
@@ -77,6 +80,7 @@ class Recipe:
     rules: tuple[tuple[tuple[str, ...], Mapping[str, Any]], ...] = ()
     equalize: bool = False
     min_psnr: float | None = None
+    step_sigmas: tuple[float, ...] = ()
 
     def rule(self, layer: str) -> LayerRule:
         """The rule of `layer`, named as in our MMDiT: `joint_blocks.3.x_block.mlp.fc2`."""
@@ -84,6 +88,11 @@ class Recipe:
         for patterns, changes in self.rules:
             if any(fnmatchcase(layer, pattern) for pattern in patterns):
                 rule = replace(rule, **changes)
+        if rule.input_steps and rule.input != "static" and not rule.keep:
+            raise RecipeError(
+                f"The recipe '{self.name}' has input_steps for '{layer}', whose input is {rule.input}: only static "
+                'scales can follow the schedule. Write input = "static" there, or input_steps = false.'
+            )
         return rule
 
     def with_kept(self, layers: Collection[str]) -> "Recipe":
@@ -192,6 +201,7 @@ def _changes(said: object, where: str) -> dict[str, Any]:
         "damping": float,
         "input": get_args(InputRounding),
         "input_scale": get_args(InputScaleChoice),
+        "input_steps": bool,
         "low_rank": int,
     }
     _refuse_unknown(said, tuple(kinds), where)

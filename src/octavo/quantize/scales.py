@@ -1,5 +1,7 @@
 """Which scale? For weights the largest value's or the one of least error, for inputs one for the whole schedule."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -96,6 +98,17 @@ def input_scale(statistics: InputStatistics, choice: InputScaleChoice, fmt: Fp8F
     powers = counts @ magnitudes**2
     errors = torch.stack([((counts @ expected_error(magnitudes, scale, fmt)) / powers).sum() for scale in scales])
     return scales[int(errors.argmin())].float()
+
+
+def input_scales(statistics: InputStatistics, choice: InputScaleChoice, fmt: Fp8Format = E4M3FN) -> Tensor:
+    """`input_scale` for each step group by itself: [G] float32. A group that never came gets the scale of all."""
+    overall = input_scale(statistics, choice, fmt)
+    scales = []
+    for group, largest in enumerate(statistics.amax):
+        own = slice(group, group + 1)
+        alone = replace(statistics, amax=statistics.amax[own], histogram=statistics.histogram[own])
+        scales.append(input_scale(alone, choice, fmt) if largest > 0 else overall)
+    return torch.stack(scales)
 
 
 def expected_error(magnitude: Tensor, scale: Tensor, fmt: Fp8Format) -> Tensor:

@@ -67,8 +67,8 @@ def _multiply(  # type: ignore[no-untyped-def]
 
 
 def w8a8(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Tensor | None = None) -> Tensor:
-    """x [M, K] bfloat16 or float16, rounded to e4m3fn by `input_scale` [] or else row by row; weight [N, K] e4m3fn;
-    bias [N] → [M, N]."""
+    """x [M, K] bfloat16 or float16, rounded to e4m3fn by `input_scale` ([] or [M, 1]) or else row by row; weight
+    [N, K] e4m3fn; bias [N] → [M, N]."""
     rounded = quantize_rows(x, input_scale)
     codes, w = rounded.q.view(torch.uint8), weight.q.view(torch.uint8)
     return _launch(codes, rounded.scale, w, weight.scale, bias, x.dtype, decode=None)

@@ -57,6 +57,7 @@ def _quantize_rows(  # type: ignore[no-untyped-def]
     columns,
     stride,
     GIVEN: tl.constexpr,
+    EACH: tl.constexpr,
     INTEGER: tl.constexpr,
     LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -64,7 +65,7 @@ def _quantize_rows(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     if GIVEN:
-        row_scale = tl.load(given)
+        row_scale = tl.load(given + row * EACH)
     else:
         sizes = tl.zeros([BLOCK], tl.float32)
         for start in range(0, columns, BLOCK):
@@ -83,7 +84,7 @@ def _quantize_rows(  # type: ignore[no-untyped-def]
 
 
 def quantize_rows(x: Tensor, scale: Tensor | None = None, fmt: Rounding = E4M3) -> Scaled:
-    """x [M, K] → 8-bit [M, K] and scales [M, 1] float32: `scale`, shape [], where given, else each row's own."""
+    """x [M, K] → 8-bit [M, K] and scales [M, 1] float32: `scale`, [] or [M, 1], where given, else each row's own."""
     rows, columns = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
     q = torch.empty(rows, columns, dtype=fmt.dtype, device=x.device)
@@ -92,6 +93,7 @@ def quantize_rows(x: Tensor, scale: Tensor | None = None, fmt: Rounding = E4M3) 
     if rows:
         _quantize_rows[(rows,)](
             x, codes, scales, scales if scale is None else scale, columns, x.stride(0),
-            GIVEN=scale is not None, INTEGER=fmt is INT8, LARGEST=fmt.max, BLOCK=BLOCK,
+            GIVEN=scale is not None, EACH=int(scale is not None and scale.ndim > 0), INTEGER=fmt is INT8,
+            LARGEST=fmt.max, BLOCK=BLOCK,
         )  # fmt: skip
     return Scaled(q, scales)
