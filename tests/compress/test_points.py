@@ -49,12 +49,8 @@ def test_points_lie_on_the_pipelines_own_runs(tmp_path: Path) -> None:
         found = calibrate(stream, components, setup, folder=tmp_path, source="", report=lambda *_: None)
         runs = setup.runs
         for number, prompt in enumerate(PROMPTS):
-            track = Track(
-                positive=encode(components.text, prompt),
-                negative=encode(components.text, ""),
-                guidance=runs.guidance,
-                shift=runs.shift,
-            )
+            sides = encode(components.text, prompt), encode(components.text, "")
+            track = Track.of(*sides, guidance=runs.guidance, shift=runs.shift)
             make_tables(components.mmdit(), track, runs.sigmas[:-1])
             visited: dict[float, torch.Tensor] = {}
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from octavo.models import MMDiT, MMDiTConfig
 from octavo.models.vae import from_latents, to_latents
-from octavo.pipeline.denoise import Question, Track, denoise, make_tables
+from octavo.pipeline.denoise import Question, Track, denoise
 from octavo.pipeline.encode import Conditioning
-from octavo.sampling import ClassifierFree, Guidance, Guided, SkipLayerGuidance, get_sampler, sample, schedule
+from octavo.pipeline.run import Run, solve
+from octavo.sampling import ClassifierFree, Guidance, SkipLayerGuidance, get_sampler, initial_noise, schedule
 from octavo.sampling.flow import add_noise
-from octavo.sampling.noise import for_run, initial_noise
 from tests.goldens import golden
 from tests.recipes import mmdit_weights
 
@@ -45,7 +45,7 @@ def cfg(scale: float, *, rescale: float = 0.0, skip: SkipLayerGuidance | None = 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Case:
     """What differs from the recording's defaults."""
 
     seed: int = 1
@@ -62,58 +62,50 @@ class Run:
     from_image: bool = False
 
 
-def latents(model: MMDiT, recorded: dict[str, Tensor], run: Run) -> Tensor:
+def latents(model: MMDiT, recorded: dict[str, Tensor], case: Case) -> Tensor:
     """What ComfyUI calls the run's LATENT."""
-    sampler = get_sampler(run.sampler)
-    negative = conditioning(recorded, run.negative) if run.negative else None
-    track = Track(
-        positive=conditioning(recorded, run.positive), negative=negative, guidance=run.guidance, shift=run.shift
-    )
-    noise = initial_noise(run.shape, run.seed, batch_index=run.batch_index)
-    start = to_latents(recorded["in/latent"]) if run.from_image else torch.zeros_like(noise)
+    sampler = get_sampler(case.sampler)
+    negative = conditioning(recorded, case.negative) if case.negative else None
+    track = Track.of(conditioning(recorded, case.positive), negative, case.guidance, case.shift)
+    noise = initial_noise(case.shape, case.seed, batch_index=case.batch_index)
+    start = to_latents(recorded["in/latent"]) if case.from_image else torch.zeros_like(noise)
     sigmas = schedule(
-        run.schedule,
-        run.steps,
-        shift=run.shift,
-        denoise=run.denoise,
+        case.schedule,
+        case.steps,
+        shift=case.shift,
+        denoise=case.denoise,
         discard_penultimate=sampler.discard_penultimate,
     )
     x = add_noise(start, noise, sigmas[0] if sigmas else 0.0)
-    make_tables(model, track, sampler.calls(sigmas, shift=run.shift))
-
-    def answer(x: Tensor, sigma: float) -> Tensor | Guided:
-        (guided,) = denoise(model, [Question(x, sigma, track, sampler.needs_uncond)])
-        return guided if sampler.needs_uncond else guided.denoised
-
-    steps = sampler(x, sigmas, noise=for_run(sampler, x, sigmas, run.seed), shift=run.shift)
-    return from_latents(sample(steps, answer))
+    run = Run(mmdit=lambda: model, track=track, sampler=sampler, sigmas=sigmas, x=x, seed=case.seed)
+    return from_latents(solve(run, lambda _step: None))
 
 
 RUNS = {
-    "txt2img": Run(),
-    "batch2": Run(shape=(2, 16, 8, 8)),
-    "batch_index": Run(shape=(2, 16, 8, 8), batch_index=(3, 0)),
-    "empty_4_channels": Run(),
-    "nonsquare_odd": Run(shape=(1, 16, 9, 13)),
-    "cfg1": Run(guidance=cfg(1.0)),
-    "basic_guider": Run(guidance=cfg(1.0), negative=None),
-    "different_token_counts": Run(positive="pos2"),
-    "img2img_denoise_0.5": Run(denoise=0.5, from_image=True),
-    "euler_ancestral": Run(sampler="euler_ancestral", seed=7),
-    "dpmpp_2m": Run(sampler="dpmpp_2m", steps=6),
-    "dpmpp_2m_sde": Run(sampler="dpmpp_2m_sde", steps=6, seed=9),
-    "uni_pc": Run(sampler="uni_pc", steps=6, schedule="simple"),
-    "euler_cfg_pp": Run(sampler="euler_cfg_pp", guidance=cfg(1.5)),
-    "beta8": Run(steps=8, schedule="beta"),
-    "slg_scale3": Run(guidance=cfg(4.5, skip=SkipLayerGuidance(scale=3, layers=(0,), start=0, end=1))),
-    "shift5": Run(shift=5.0),
-    "rescale_cfg": Run(guidance=cfg(4.5, rescale=0.7)),
-    "slg_range_rescale": Run(
+    "txt2img": Case(),
+    "batch2": Case(shape=(2, 16, 8, 8)),
+    "batch_index": Case(shape=(2, 16, 8, 8), batch_index=(3, 0)),
+    "empty_4_channels": Case(),
+    "nonsquare_odd": Case(shape=(1, 16, 9, 13)),
+    "cfg1": Case(guidance=cfg(1.0)),
+    "basic_guider": Case(guidance=cfg(1.0), negative=None),
+    "different_token_counts": Case(positive="pos2"),
+    "img2img_denoise_0.5": Case(denoise=0.5, from_image=True),
+    "euler_ancestral": Case(sampler="euler_ancestral", seed=7),
+    "dpmpp_2m": Case(sampler="dpmpp_2m", steps=6),
+    "dpmpp_2m_sde": Case(sampler="dpmpp_2m_sde", steps=6, seed=9),
+    "uni_pc": Case(sampler="uni_pc", steps=6, schedule="simple"),
+    "euler_cfg_pp": Case(sampler="euler_cfg_pp", guidance=cfg(1.5)),
+    "beta8": Case(steps=8, schedule="beta"),
+    "slg_scale3": Case(guidance=cfg(4.5, skip=SkipLayerGuidance(scale=3, layers=(0,), start=0, end=1))),
+    "shift5": Case(shift=5.0),
+    "rescale_cfg": Case(guidance=cfg(4.5, rescale=0.7)),
+    "slg_range_rescale": Case(
         steps=6,
         guidance=cfg(4.5, skip=SkipLayerGuidance(scale=3, layers=(0,), start=0.01, end=0.5, rescale=0.5)),
     ),
-    "denoise_0": Run(denoise=0.0, from_image=True),
-    "full6": Run(steps=6),
+    "denoise_0": Case(denoise=0.0, from_image=True),
+    "full6": Case(steps=6),
 }
 
 
@@ -125,11 +117,11 @@ def test_latents_equal_comfyui(model: MMDiT, recorded: dict[str, Tensor], case: 
 def test_requests_in_company_get_what_they_get_alone(model: MMDiT, recorded: dict[str, Tensor]) -> None:
     """Unlike prompts, lengths of text, guidance and noise levels in one call; only the order of sums may differ."""
     tracks = [
-        Track(
-            positive=conditioning(recorded, positive),
-            negative=conditioning(recorded, "neg") if scale != 1 else None,
-            guidance=cfg(scale, skip=skip),
-            shift=3.0,
+        Track.of(
+            conditioning(recorded, positive),
+            conditioning(recorded, "neg") if scale != 1 else None,
+            cfg(scale, skip=skip),
+            3.0,
         )
         for positive, scale, skip in (
             ("pos", 4.5, None),

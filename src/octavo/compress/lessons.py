@@ -23,7 +23,6 @@ from octavo.fp8 import all_finite
 from octavo.models import MMDiT
 from octavo.pipeline.components import Components
 from octavo.pipeline.denoise import Question, Track, denoise, make_tables
-from octavo.pipeline.encode import Conditioning
 from octavo.pipeline.generate import prepare
 from octavo.pipeline.latents import latent_shape
 from octavo.pipeline.request import Job
@@ -99,7 +98,7 @@ def record(
     for index, (job, lesson) in enumerate(zip(jobs, lessons, strict=True)):
         watch(index)
         if not lesson.path.exists():
-            track = prepare(teacher, job, lambda _progress: None)
+            track = prepare(teacher, job)
             save_safetensors(lesson.path, _lesson(teacher, job, track, points), None)
     return lessons
 
@@ -140,10 +139,9 @@ def _lesson(teacher: Components, job: Job, track: Track, points: int) -> dict[st
         "sigmas": torch.tensor([sigma for _, sigma in chosen], dtype=torch.float64),
         "latents": latents.float(),
     }
-    prompts: dict[str, Conditioning | None] = {"cond": track.positive, "uncond": track.negative}
-    for which, prompt in prompts.items():
-        if prompt is not None:
-            tables = [track.tables[sigma, which == "uncond"] for _, sigma in chosen]
+    for which, side in {"cond": track.positive, "uncond": track.negative or ()}.items():
+        for prompt in (condition.conditioning for condition in side):
+            tables = [track.tables[prompt, sigma] for _, sigma in chosen]
             answers = [
                 mmdit(x.to(prompt.context.dtype), prompt.context, table)
                 for (x, _), table in zip(chosen, tables, strict=True)

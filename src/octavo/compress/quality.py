@@ -95,7 +95,7 @@ def _track(lesson: Lesson, job: Job, device: torch.device) -> Track:
     conditioning = [Conditioning(row.context.to(device), row.pooled.to(device)) for row in lesson.rows(0)]
     guidance = Guidance(classifier_free=ClassifierFree(scale=job.guidance_scale), skip_layers=job.skip_layer_guidance)
     negative = conditioning[1] if len(conditioning) > 1 else None
-    return Track(positive=conditioning[0], negative=negative, guidance=guidance, shift=job.shift)
+    return Track.of(conditioning[0], negative, guidance, job.shift)
 
 
 def _psnr(a: Tensor, b: Tensor) -> float:

@@ -81,7 +81,7 @@ def record(components: Components, requests: Sequence[GenerateRequest], folder: 
 
 def _run(components: Components, job: Job) -> dict[str, Tensor]:
     """One run of the sampler: its questions x [S, 16, h, w] and sigmas [S], and the answers to them."""
-    track = prepare(components, job, lambda _progress: None)
+    track = prepare(components, job)
     mmdit = components.mmdit()
     asked, _latents = follow(mmdit, job, track, components.device)
     kept = _answers(mmdit, track, asked)
@@ -96,9 +96,10 @@ def _answers(mmdit: MMDiT, track: Track, asked: Sequence[tuple[Tensor, float]]) 
     with_blocks = steps_with_blocks(len(asked))
     for step, (x, sigma) in enumerate(asked):
         make_tables(mmdit, track, [sigma])
-        context = track.positive.context
+        prompt = track.positive[0].conditioning
+        context = prompt.context
         with _block_outputs(mmdit, wanted=step in with_blocks) as (image_tokens, text_tokens):
-            velocities.append(mmdit(x.to(context.dtype), context, track.tables[sigma, False]))
+            velocities.append(mmdit(x.to(context.dtype), context, track.tables[prompt, sigma]))
         if step in with_blocks:
             images.append(torch.stack(image_tokens))
             contexts.append(torch.stack(text_tokens) if text_tokens else torch.empty(0))
@@ -164,7 +165,7 @@ def replay(components: Components, requests: Sequence[GenerateRequest], folder: 
     for index, request in enumerate(requests):
         with safe_open(folder / f"{index:03}.safetensors", framework="pt") as file:
             kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
-        track = prepare(components, job_of(components, request), lambda _progress: None)
+        track = prepare(components, job_of(components, request))
         asked = [
             (x[None].to(components.device), float(sigma))
             for x, sigma in zip(kept["x"], kept["sigmas"].tolist(), strict=True)

@@ -1,45 +1,64 @@
 """Many questions of samplers in, the model's estimates out: the only place that calls the MMDiT.
 
-A `Track` is what one request needs at every step: its prompts, its guidance and its table of modulation, made for the
-whole run in one call. `denoise` answers the questions of any number of tracks at once; rows that can share a model
-call (same latent size, same number of text tokens, same blocks) do. A single picture is the case of one track.
+A `Track` is what one request needs at every step: its prompts, its guidance and its tables of modulation, made for the
+whole run before its first step. `denoise` answers the questions of any number of tracks at once; rows that can share a
+model call (same latent size, same number of text tokens, same blocks) do. A single picture is the case of one track.
+`finite` does the same for numbers that must not be NaN.
 """
 
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from octavo.errors import NumericsError
-from octavo.fp8 import Choice, Fp8Linear, all_finite, watch
-from octavo.fp8.matmul import PLAIN_WIDE
 from octavo.models import MMDiT, Modulation
+from octavo.pipeline.conditions import Arranged, Condition, Placed, arrange, mix
 from octavo.pipeline.encode import Conditioning
+from octavo.pipeline.tables import Tables, make_table
 from octavo.sampling import Guidance, Guided, Predictions
-from octavo.sampling.flow import denoised_from_velocity, timestep
+from octavo.sampling.flow import denoised_from_velocity
 from octavo.sampling.guidance import Pass
 
-logger = logging.getLogger(__name__)
+PATCH = 2  # latent pixels a token covers along one side
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Track:
     """The constant part of one request's denoising."""
 
-    positive: Conditioning
-    negative: Conditioning | None  # None where neither guidance nor the sampler needs it
+    positive: Sequence[Condition]
+    negative: Sequence[Condition] | None  # None where neither guidance nor the sampler needs it
     guidance: Guidance
     shift: float  # of the schedule; guidance intervals are fractions of it
-    tables: dict[tuple[float, bool], Modulation] = field(default_factory=dict)  # one row by (sigma, whether negative)
+    tables: dict[tuple[Conditioning, float], Modulation] = field(default_factory=dict)  # one row by (prompt, sigma)
+    arranged: dict[tuple[object, ...], Arranged] = field(default_factory=dict)  # by shape and device of the latents
 
-    def conditioning(self, which: Pass) -> Conditioning:
-        """What the model is told in this pass."""
+    @classmethod
+    def of(cls, positive: Conditioning, negative: Conditioning | None, guidance: Guidance, shift: float) -> "Track":
+        """The plain case: one prompt a side, everywhere, from the first step to the last."""
+        sides = [None if each is None else (Condition(conditioning=each),) for each in (positive, negative)]
+        return cls(positive=sides[0] or (), negative=sides[1], guidance=guidance, shift=shift)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Track":
+        """The same with its prompts on another device, in another dtype; itself where they are there already."""
+        sides = [[each.to(device, dtype) for each in side] for side in (self.positive, self.negative or ())]
+        if all(a is b for a, b in zip([*self.positive, *(self.negative or ())], [*sides[0], *sides[1]], strict=True)):
+            return self
+        return replace(
+            self, positive=sides[0], negative=None if self.negative is None else sides[1], tables={}, arranged={}
+        )
+
+    def placed(self, which: Pass, x: Tensor) -> tuple[Placed, ...]:
+        """What holds in this pass on latents like `x`, at whatever level."""
+        key = (x.shape, x.device)
+        if key not in self.arranged:
+            size = (x.shape[-2], x.shape[-1])
+            self.arranged[key] = arrange(self.positive, self.negative or (), size, self.shift, x)
         if which != "uncond":
-            return self.positive
+            return self.arranged[key].positive
         assert self.negative is not None, "guidance without a negative prompt"
-        return self.negative
+        return self.arranged[key].negative
 
     def skip_layers(self, which: Pass) -> tuple[int, ...]:
         """Blocks left out in this pass."""
@@ -47,7 +66,7 @@ class Track:
         return skip.layers if which == "skipped" and skip is not None else ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Question:
     """What a sampler asks of the model."""
 
@@ -56,19 +75,40 @@ class Question:
     track: Track
     needs_uncond: bool = False
 
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """The predictions to make."""
+        track = self.track
+        return track.guidance.passes(self.sigma, track.shift, needs_uncond=self.needs_uncond)
 
-def make_tables(mmdit: MMDiT, track: Track, sigmas: Sequence[float]) -> None:
-    """Fill the track's tables for all `sigmas` in one call of the modulation, before the first step."""
-    prompts = {False: track.positive} | ({} if track.negative is None else {True: track.negative})
-    keys = [(sigma, which) for which in prompts for sigma in dict.fromkeys(sigmas)]
-    keys = [key for key in keys if key not in track.tables]
-    if not keys:
-        return
-    like = track.positive.pooled
-    timesteps = torch.tensor([timestep(sigma) for sigma, _ in keys], dtype=torch.float32, device=like.device)
-    whole = mmdit.modulation(timesteps, torch.cat([prompts[which].pooled for _, which in keys]))
-    for i, key in enumerate(keys):
-        track.tables[key] = whole.rows(slice(i, i + 1))
+    @property
+    def tokens(self) -> int:
+        """Tokens of text and image that answering it takes through the model, over all its rows: what it costs."""
+        return sum(len(self.x) * row.tokens for row in _rows_of(0, self))
+
+    @property
+    def shapes(self) -> set[tuple[object, ...]]:
+        """What of it can share a model call with another question of the same model: that which has an equal shape."""
+        return {row.shape for row in _rows_of(0, self)}
+
+
+def make_tables(
+    mmdit: MMDiT, track: Track, sigmas: Sequence[float], *, negative: bool = True, cache: Tables | None = None
+) -> None:
+    """Fill the track's tables for all `sigmas`, each prompt in one call of the modulation, before the first step.
+
+    Args:
+        negative: also for the negative prompts, if there are any.
+        cache: where tables of earlier runs may be found, and these are kept.
+    """
+    levels = tuple(dict.fromkeys(sigmas))
+    for condition in (*track.positive, *((negative and track.negative) or ())):
+        prompt = condition.conditioning
+        missing = [sigma for sigma in levels if (prompt, sigma) not in track.tables]
+        if missing:
+            whole = (cache.get if cache is not None else make_table)(mmdit, prompt.pooled, missing)
+            for i, sigma in enumerate(missing):
+                track.tables[prompt, sigma] = whole.rows(slice(i, i + 1))
 
 
 def denoise(mmdit: MMDiT, questions: Sequence[Question]) -> list[Guided]:
@@ -82,93 +122,70 @@ def denoise(mmdit: MMDiT, questions: Sequence[Question]) -> list[Guided]:
         For each question its guided estimate of the clean latents and the unguided one of the negative prompt (the
         same as guided where the negative is not evaluated), both like its `x`.
     """
-    groups: dict[tuple[object, ...], list[tuple[int, Pass]]] = {}
+    groups: dict[tuple[object, ...], list[_Row]] = {}
     for i, question in enumerate(questions):
+        for row in _rows_of(i, question):
+            groups.setdefault(row.shape, []).append(row)
+
+    # By question and pass, what each condition predicts for its part of the latents.
+    parts: list[dict[Pass, list[tuple[Placed, Tensor]]]] = [{which: [] for which in q.passes} for q in questions]
+    for rows in groups.values():
+        for row, velocity in zip(rows, _evaluate(mmdit, rows), strict=True):
+            estimate = denoised_from_velocity(row.x, velocity, row.question.sigma)
+            parts[row.index][row.which].append((row.placed, estimate))
+
+    answers = []
+    for question, by_pass in zip(questions, parts, strict=True):
+        predictions = Predictions(**{which: mix(each, question.x) for which, each in by_pass.items()})
         track = question.track
-        for which in track.guidance.passes(question.sigma, track.shift, needs_uncond=question.needs_uncond):
-            length = track.conditioning(which).context.shape[1]
-            key = (question.x.shape[1:], length, track.skip_layers(which))
-            groups.setdefault(key, []).append((i, which))
-
-    estimates: list[dict[Pass, Tensor]] = [{} for _ in questions]
-    for members in groups.values():
-        for (i, which), velocity in zip(members, _evaluate(mmdit, questions, members), strict=True):
-            question = questions[i]
-            estimates[i][which] = denoised_from_velocity(question.x, velocity, question.sigma)
-    return [
-        question.track.guidance.combine(question.x, question.sigma, Predictions(**estimate), question.track.shift)
-        for question, estimate in zip(questions, estimates, strict=True)
-    ]
+        answers.append(track.guidance.combine(question.x, question.sigma, predictions, track.shift))
+    return answers
 
 
-def denoise_finite(mmdit: MMDiT, question: Question, *, evaluation: int, retry_bf16: bool = False) -> Guided:
-    """Answer one question by finite numbers.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Row:
+    """One condition of one pass of one question: [b, 16, height, width] of a model call."""
 
-    Args:
-        mmdit: as `denoise`.
-        question: of one track, whose tables are made anew where something goes wrong.
-        evaluation: its number, for messages.
-        retry_bf16: let an FP8 layer that gives NaN or infinity multiply in bfloat16 (or float32) from then on, with a
-            warning, and try again.
+    index: int  # of the question
+    question: Question
+    which: Pass
+    placed: Placed
+    x: Tensor  # the question's, cropped
 
-    Raises:
-        NumericsError: the answer is not finite; names the layer.
-    """
-    (guided,) = denoise(mmdit, [question])
-    while not all_finite(guided.denoised):
-        question.track.tables.clear()  # so that the modulation is watched too
-        with watch(mmdit) as culprit:
-            denoise(mmdit, [question])
-        layer = culprit.layer
-        if not (retry_bf16 and isinstance(layer, Fp8Linear) and _widen(layer)):
-            tried = " Retrying it in bfloat16 did not help." if _is_wide(layer) else ""
-            raise NumericsError(
-                f"The model gave NaN or infinity in evaluation {evaluation}. {culprit}{tried} "
-                + _advice(layer, retry_bf16)
-            )
-        logger.warning("%s It multiplies in bfloat16 or float32 from here on.", culprit)
-        (guided,) = denoise(mmdit, [question])
-    return guided
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """Rows of equal shape can share a call."""
+        context = self.placed.conditioning.context
+        return (tuple(self.x.shape[1:]), context.shape[1], self.question.track.skip_layers(self.which))
+
+    @property
+    def tokens(self) -> int:
+        height, width = self.x.shape[-2:]
+        return self.placed.conditioning.context.shape[1] + -(-height // PATCH) * -(-width // PATCH)
 
 
-def _widen(layer: Fp8Linear) -> bool:
-    """Change the layer's path to one that overflows last; whether that was possible."""
-    if layer.given_up or _is_wide(layer):
-        return False
-    layer.use(Choice(PLAIN_WIDE, {}))
-    return True
+def _rows_of(index: int, question: Question) -> Iterator[_Row]:
+    for which in question.passes:
+        for placed in question.track.placed(which, question.x):
+            if placed.active(question.sigma):
+                yield _Row(index, question, which, placed, placed.crop(question.x))
 
 
-def _is_wide(layer: nn.Module | None) -> bool:
-    return isinstance(layer, Fp8Linear) and layer.choice is not None and layer.choice.backend is PLAIN_WIDE
-
-
-def _advice(layer: nn.Module | None, retry_bf16: bool) -> str:
-    if isinstance(layer, Fp8Linear) and retry_bf16 and layer.given_up:
-        return "It has given up its FP8 weights for --fast, so that it cannot be retried: leave --fast out."
-    if isinstance(layer, Fp8Linear) and not retry_bf16:
-        return "Try --retry-bf16, --dtype float32 or another file of the model."
-    return "Try --dtype float32 or another file of the model."
-
-
-def _evaluate(mmdit: MMDiT, questions: Sequence[Question], members: Sequence[tuple[int, Pass]]) -> list[Tensor]:
-    """One call of the model for members of like shape: their velocities, in the dtype of their `x`."""
+def _evaluate(mmdit: MMDiT, rows: Sequence[_Row]) -> list[Tensor]:
+    """One call of the model for rows of like shape: their velocities, in the dtype of their `x`."""
     latents, contexts, modulations = [], [], []
-    for i, which in members:
-        x, sigma, track = questions[i].x, questions[i].sigma, questions[i].track
-        key = (sigma, which == "uncond")
-        if key not in track.tables:  # an adaptive sampler's sigma, not known before
-            make_tables(mmdit, track, [sigma])
-        context = track.conditioning(which).context
-        latents.append(x.to(context.dtype))
-        contexts.append(context.expand(len(x), -1, -1))
-        modulations.extend([track.tables[key]] * len(x))
-    first, first_pass = members[0]
+    for row in rows:
+        prompt, sigma, tables = row.placed.conditioning, row.question.sigma, row.question.track.tables
+        if (prompt, sigma) not in tables:  # an adaptive sampler's sigma, not known before
+            tables[prompt, sigma] = make_table(mmdit, prompt.pooled, [sigma])
+        latents.append(row.x.to(prompt.context.dtype))
+        contexts.append(prompt.context.expand(len(row.x), -1, -1))
+        modulations.extend([tables[prompt, sigma]] * len(row.x))
     velocity = mmdit(
         torch.cat(latents),
         torch.cat(contexts),
         Modulation.stack(modulations),
-        skip_layers=questions[first].track.skip_layers(first_pass),
+        skip_layers=rows[0].question.track.skip_layers(rows[0].which),
     )
-    parts = velocity.split([len(questions[i].x) for i, _ in members])
-    return [part.to(questions[i].x.dtype) for (i, _), part in zip(members, parts, strict=True)]
+    parts = velocity.split([len(row.x) for row in rows])
+    return [part.to(row.x.dtype) for row, part in zip(rows, parts, strict=True)]

@@ -27,16 +27,17 @@ EncodeChunk = Callable[[TokenChunk], tuple[Tensor, Tensor | None]]
 """One chunk → (rows [1, L, W], pooled [1, P] or None)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Conditioning:
-    """A prompt as the MMDiT sees it."""
+    """A prompt as the MMDiT sees it; equal only to itself, so that it can name an entry of a table."""
 
     context: Tensor  # [1, L, C]
     pooled: Tensor  # [1, P]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Conditioning":
-        """The same on another device, in another dtype."""
-        return Conditioning(self.context.to(device, dtype), self.pooled.to(device, dtype))
+        """The same on another device, in another dtype; itself where it is there already."""
+        context, pooled = self.context.to(device, dtype), self.pooled.to(device, dtype)
+        return self if context is self.context and pooled is self.pooled else Conditioning(context, pooled)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
@@ -58,7 +59,7 @@ class TextEncoders:
         return None if tensors is None else {key: (len(t), t.shape[1]) for key, t in tensors.items()}
 
 
-def encode(encoders: TextEncoders, prompt: str, *, clip_skip: int = 2) -> Conditioning:
+def encode(encoders: TextEncoders, prompt: str, clip_skip: int = 2) -> Conditioning:
     """Encode one prompt.
 
     Args:

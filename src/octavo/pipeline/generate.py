@@ -6,25 +6,25 @@ requests at once in the engine.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from octavo.devices import whole_processor
-from octavo.errors import NumericsError
-from octavo.fp8 import all_finite
 from octavo.pipeline.components import Components
 from octavo.pipeline.decode import OVERLAP, TILE, decode, to_uint8
-from octavo.pipeline.denoise import Question, Track, denoise_finite, make_tables
-from octavo.pipeline.encode import encode
+from octavo.pipeline.denoise import Track
+from octavo.pipeline.encode import Conditioning, TextEncoders, encode
 from octavo.pipeline.image import Picture, open_image
-from octavo.pipeline.latents import latent_shape, latents_of
+from octavo.pipeline.latents import latent_shape, latents_of, mask_of
 from octavo.pipeline.request import GenerateRequest, Job, resolve
-from octavo.sampling import ClassifierFree, Guidance, Guided, get_sampler, sample, schedule
+from octavo.pipeline.run import Inpaint, Run, Solve, Step, inpaint_noise, solve
+from octavo.sampling import ClassifierFree, Guidance, get_sampler, schedule
 from octavo.sampling.flow import add_noise
-from octavo.sampling.noise import for_run, initial_noise
+from octavo.sampling.noise import initial_noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,17 @@ class Progress:
 
 
 Watcher = Callable[[Progress], None]
+
+Encode = Callable[[TextEncoders, str, int], Conditioning]
+"""`encode.encode`, or one that remembers: encoders, prompt, clip skip."""
+
+OnDevice = Callable[[Callable[[], Any]], Any]
+"""Does a piece of work on the device and gives its result; for those whose device belongs to another thread."""
+
+
+def at_once(work: Callable[[], Any]) -> Any:
+    """The plain `OnDevice`: here and now."""
+    return work()
 
 
 def generate(components: Components, request: GenerateRequest, *, watch: Watcher | None = None) -> list[Picture]:
@@ -61,25 +72,60 @@ def generate(components: Components, request: GenerateRequest, *, watch: Watcher
 
 
 def generate_each(
-    components: Components, request: GenerateRequest, *, watch: Watcher | None = None
+    components: Components,
+    request: GenerateRequest,
+    *,
+    watch: Watcher | None = None,
+    solve: Solve = solve,
+    encode: Encode = encode,
+    on_device: OnDevice = at_once,
 ) -> Iterator[Picture]:
     """`generate`, one picture at a time as they are finished.
 
     Each is made alone, not as one row of a batch: it then comes out the same, bit for bit, when its settings are run
     again, whatever it was made together with.
+
+    Args:
+        solve: who asks the model; an engine's answers many requests at once.
+        encode: who turns prompts into conditioning.
+        on_device: who does the rest of the work: what comes before and after the steps.
     """
     job = resolve(request, components.preset, model=components.name, max_side=components.max_side)
     watch = watch or (lambda _progress: None)
-    track = prepare(components, job, watch)
+    watch(Progress("encode", 0, job.batch))
+    track = on_device(partial(prepare, components, job, encode=encode))
     for i in range(job.batch):
-        yield draw(components, replace(job, seed=job.seed + i, batch=1), track, watch, i, job.batch)
+        yield draw(components, replace(job, seed=job.seed + i, batch=1), track, watch, i, job.batch, solve, on_device)
+
+
+def draw(
+    components: Components,
+    job: Job,
+    track: Track,
+    watch: Watcher,
+    index: int = 0,
+    pictures: int = 1,
+    solve: Solve = solve,
+    on_device: OnDevice = at_once,
+) -> Picture:
+    """One picture, from its first latents to its pixels."""
+    done = 0
+
+    def step(at: Step) -> None:
+        nonlocal done
+        done = at.done
+        watch(Progress("denoise", index, pictures, at.done, at.total, at.denoised))
+
+    run = on_device(partial(start, components, job, track))
+    latents = solve(run, step)
+    watch(Progress("decode", index, pictures, done, done))
+    return Picture(on_device(partial(finish, components, job, latents)), job.settings)
 
 
 @torch.inference_mode()
 @whole_processor()
-def prepare(components: Components, job: Job, watch: Watcher) -> Track:
+def prepare(components: Components, job: Job, *, encode: Encode = encode) -> Track:
     """Words to numbers: all that the pictures of a job share."""
-    watch(Progress("encode", 0, job.batch))
     device, dtype = components.device, components.dtype
     free = ClassifierFree(
         scale=job.guidance_scale, rescale=job.guidance_rescale, start=job.guidance_start, end=job.guidance_end
@@ -87,54 +133,46 @@ def prepare(components: Components, job: Job, watch: Watcher) -> Track:
     guidance = Guidance(classifier_free=free, skip_layers=job.skip_layer_guidance)
     negative = None
     if free.scale != 1 or get_sampler(job.sampler).needs_uncond:
-        negative = encode(components.text, job.negative_prompt, clip_skip=job.clip_skip).to(device, dtype)
-    positive = encode(components.text, job.prompt, clip_skip=job.clip_skip).to(device, dtype)
+        negative = encode(components.text, job.negative_prompt, job.clip_skip).to(device, dtype)
+    positive = encode(components.text, job.prompt, job.clip_skip).to(device, dtype)
     components.make_room_for(components.mmdit, *components.encoders)
-    return Track(positive=positive, negative=negative, guidance=guidance, shift=job.shift)
+    return Track.of(positive, negative, guidance, job.shift)
 
 
 @torch.inference_mode()
 @whole_processor()
-def draw(components: Components, job: Job, track: Track, watch: Watcher, index: int, pictures: int) -> Picture:
-    """One picture, from its first latents to its pixels."""
-    # What to start from
+def start(components: Components, job: Job, track: Track) -> Run:
+    """What the first step starts from: noise, or a picture mixed with it."""
     noise = initial_noise(latent_shape(job.width, job.height), job.seed).to(components.device)
     sampler = get_sampler(job.sampler)
     sigmas = schedule(
         job.schedule, job.steps, shift=job.shift, denoise=job.denoise, discard_penultimate=sampler.discard_penultimate
     )
-    start = torch.zeros_like(noise)
+    latents, inpaint = torch.zeros_like(noise), None
     if job.image is not None:
         image = open_image(job.image)
-        start = latents_of(image, components.vae(), width=job.width, height=job.height).to(noise)
-    # Without a level to start from, which `denoise` 0 means, the picture stays as it is.
-    x = add_noise(start, noise, sigmas[0] if sigmas else 0.0)
+        latents = latents_of(image, components.vae(), width=job.width, height=job.height).to(noise)
+    if job.mask is not None:
+        mask = mask_of(open_image(job.mask), width=job.width, height=job.height).to(noise)
+        inpaint = Inpaint(mask=mask, latents=latents, noise=inpaint_noise(sampler, noise, job.seed))
+    return Run(
+        mmdit=components.mmdit,
+        track=track,
+        sampler=sampler,
+        sigmas=sigmas,
+        # Without a level to start from, which `denoise` 0 means, the picture stays as it is.
+        x=add_noise(latents, noise, sigmas[0] if sigmas else 0.0),
+        seed=job.seed,
+        inpaint=inpaint,
+        retry_bf16=components.retry_bf16,
+    )
 
-    # From noise to data
-    mmdit = components.mmdit()
-    calls = [] if sampler.adaptive else sampler.calls(sigmas, shift=job.shift)
-    make_tables(mmdit, track, calls)
-    watch(Progress("denoise", index, pictures, 0, len(calls)))
-    done = 0
 
-    def answer(x: Tensor, sigma: float) -> Tensor | Guided:
-        nonlocal done
-        question = Question(x, sigma, track, sampler.needs_uncond)
-        done += 1
-        guided = denoise_finite(mmdit, question, evaluation=done, retry_bf16=components.retry_bf16)
-        watch(Progress("denoise", index, pictures, done, len(calls), guided.denoised))
-        return guided if sampler.needs_uncond else guided.denoised
-
-    run = sampler(x, sigmas, noise=for_run(sampler, x, sigmas, job.seed), shift=job.shift)
-    latents = sample(run, answer)
-    if not all_finite(latents):
-        raise NumericsError(
-            f"The sampler {job.sampler} gave NaN or infinity with the schedule {job.schedule}; try another of either."
-        )
-
-    # From latents to pixels
-    watch(Progress("decode", index, pictures, done, done))
+@torch.inference_mode()
+@whole_processor()
+def finish(components: Components, job: Job, latents: Tensor) -> Image.Image:
+    """From latents to pixels."""
     components.make_room_for(components.vae, components.mmdit)
     tile = TILE if components.wants_tiles(job.width, job.height) else None
     pixels = to_uint8(decode(components.vae(), latents, tile=tile, overlap=OVERLAP))
-    return Picture(Image.fromarray(pixels[0].cpu().numpy()), job.settings)
+    return Image.fromarray(pixels[0].cpu().numpy())

@@ -1,6 +1,7 @@
-"""What a run starts from: noise, or a picture mixed with it."""
+"""What a run starts from: noise, or a picture mixed with it; and which part of the picture."""
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -36,3 +37,15 @@ def latents_of(image: Image.Image, vae: VAE, *, width: int, height: int) -> Tens
     """Latents [1, 16, h, w] of a picture of any size, on the VAE's device."""
     device = next(vae.parameters()).device
     return encode_image(vae, pixels_of(fitted(image, width, height)).to(device))
+
+
+def mask_of(image: Image.Image, *, width: int, height: int) -> Tensor:
+    """The mask [1, 1, h, w] of a picture of any size: white is 1, draw anew; fitted as pictures are by `fitted`."""
+    grey = fitted(image, width, height).convert("L")
+    flat = torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8)
+    return latent_mask(flat.view(1, height, width).float() / 255, (height // FACTOR, width // FACTOR))
+
+
+def latent_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """A mask [B, H, W] or [B, 1, H, W] of any size for latents of `size`: [B, 1, h, w], bilinear as ComfyUI's."""
+    return F.interpolate(mask.reshape(-1, 1, *mask.shape[-2:]), size=size, mode="bilinear")

@@ -34,6 +34,7 @@ class GenerateRequest:
     seed: int | None = None  # of the first picture, the next ones count up; drawn when not given
     batch: int = 1  # pictures
     image: str | None = None  # path of a picture to start from
+    mask: str | None = None  # path of a picture, white where `image` is drawn anew
     denoise: float = 1.0  # share of the schedule that is run; below 1 keeps some of `image`
     skip_layer_guidance: SkipLayerGuidance | None = None  # scale 0 switches it off
     guidance_rescale: float = 0.0  # how far guided predictions go back to the conditional one's contrast, 0 to 1
@@ -67,6 +68,8 @@ class GenerateRequest:
                 )
         if self.image is None and self.denoise < 1:
             raise RequestError(f"denoise {self.denoise} keeps part of a picture, but none is given; pass --image.")
+        if self.image is None and self.mask is not None:
+            raise RequestError(f"mask {self.mask} marks a part of a picture, but no picture is given; pass --image.")
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -1,0 +1,104 @@
+"""`denoise` for numbers that must be finite: the layer that gives NaN or infinity is named, or retried in more bits."""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from octavo.errors import NumericsError
+from octavo.fp8 import Choice, Fp8Linear, watch
+from octavo.fp8.matmul import PLAIN_WIDE
+from octavo.models import MMDiT
+from octavo.pipeline.denoise import Question, denoise
+from octavo.pipeline.tables import Tables
+from octavo.sampling import Guided
+
+logger = logging.getLogger(__name__)
+
+
+def denoise_each(
+    mmdit: MMDiT,
+    questions: Sequence[Question],
+    *,
+    evaluations: Sequence[int],
+    retry_bf16: Sequence[bool],
+    cache: Tables | None = None,
+) -> list[Guided | NumericsError]:
+    """Answer many questions in company; one whose numbers go wrong gets the error, the others their answers.
+
+    Args:
+        mmdit: as `denoise`.
+        questions: of any number of tracks.
+        evaluations, retry_bf16: of each question, as in `denoise_finite`.
+        cache: the tables' origin, which forgets this model where something went wrong.
+    """
+    answers: list[Guided | NumericsError] = list(denoise(mmdit, questions))
+    # One number a question, brought from the device in one piece.
+    sound = torch.stack([_sound(each) for each in answers if isinstance(each, Guided)]).tolist() if answers else []
+    for i, question in enumerate(questions):
+        if not sound[i]:
+            if cache is not None:
+                cache.forget(mmdit)
+            try:
+                answers[i] = denoise_finite(mmdit, question, evaluation=evaluations[i], retry_bf16=retry_bf16[i])
+            except NumericsError as error:
+                answers[i] = error
+    return answers
+
+
+def denoise_finite(mmdit: MMDiT, question: Question, *, evaluation: int, retry_bf16: bool = False) -> Guided:
+    """Answer one question by finite numbers.
+
+    Args:
+        mmdit: as `denoise`.
+        question: of one track, whose tables are made anew where something goes wrong.
+        evaluation: its number, for messages.
+        retry_bf16: let an FP8 layer that gives NaN or infinity multiply in bfloat16 (or float32) from then on, with a
+            warning, and try again.
+
+    Raises:
+        NumericsError: the answer is not finite; names the layer.
+    """
+    (guided,) = denoise(mmdit, [question])
+    while not _sound(guided):
+        question.track.tables.clear()  # so that the modulation is watched too
+        with watch(mmdit) as culprit:
+            denoise(mmdit, [question])
+        layer = culprit.layer
+        if not (retry_bf16 and isinstance(layer, Fp8Linear) and _widen(layer)):
+            tried = " Retrying it in bfloat16 did not help." if _is_wide(layer) else ""
+            raise NumericsError(
+                f"The model gave NaN or infinity in evaluation {evaluation}. {culprit}{tried} "
+                + _advice(layer, retry_bf16)
+            )
+        logger.warning("%s It multiplies in bfloat16 or float32 from here on.", culprit)
+        question.track.tables.clear()
+        (guided,) = denoise(mmdit, [question])
+    return guided
+
+
+def _sound(guided: Guided) -> Tensor:
+    """Whether all of an answer is finite, as a tensor on its device."""
+    sound = guided.denoised.isfinite().all()
+    return sound if guided.uncond is guided.denoised else sound & guided.uncond.isfinite().all()
+
+
+def _widen(layer: Fp8Linear) -> bool:
+    """Change the layer's path to one that overflows last; whether that was possible."""
+    if layer.given_up or _is_wide(layer):
+        return False
+    layer.use(Choice(PLAIN_WIDE, {}))
+    return True
+
+
+def _is_wide(layer: nn.Module | None) -> bool:
+    return isinstance(layer, Fp8Linear) and layer.choice is not None and layer.choice.backend is PLAIN_WIDE
+
+
+def _advice(layer: nn.Module | None, retry_bf16: bool) -> str:
+    if isinstance(layer, Fp8Linear) and retry_bf16 and layer.given_up:
+        return "It has given up its FP8 weights for --fast, so that it cannot be retried: leave --fast out."
+    if isinstance(layer, Fp8Linear) and not retry_bf16:
+        return "Try --retry-bf16, --dtype float32 or another file of the model."
+    return "Try --dtype float32 or another file of the model."

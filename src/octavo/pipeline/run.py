@@ -1,0 +1,208 @@
+"""One walk of a sampler from noise to data, apart from who asks the model.
+
+A `Run` says all that a walk needs, a `Walk` is one under way: it holds a question, is given the answer, and so on to
+its result. `solve` is the plain loop, one run alone; an engine that answers the questions of many walks at once has
+the same signature, so those who want latents need not know which of them serves.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.devices import whole_processor
+from octavo.errors import NumericsError, RequestError
+from octavo.fp8 import all_finite
+from octavo.models import MMDiT
+from octavo.pipeline.denoise import Question, Track, make_tables
+from octavo.pipeline.finite import denoise_finite
+from octavo.pipeline.tables import Tables
+from octavo.sampling import Guided, SamplerSpec, initial_noise
+from octavo.sampling.flow import add_noise
+from octavo.sampling.noise import SEEDS, for_run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Inpaint:
+    """What of a picture is kept: the model sees it under noise at every level, and its estimate there is the picture.
+
+    Source: ComfyUI's sampling with a latent noise mask.
+    """
+
+    mask: Tensor  # [1 or B, 1, h, w] in [0, 1]; 1 = draw anew
+    latents: Tensor  # [B, 16, h, w] of the picture
+    noise: Tensor  # [B, 16, h, w], that which the run starts from
+
+    def question(self, x: Tensor, sigma: float) -> Tensor:
+        """`x` with the kept part at its level of noise."""
+        return x * self.mask + add_noise(self.latents, self.noise, sigma) * (1 - self.mask)
+
+    def answer(self, denoised: Tensor) -> Tensor:
+        """The estimate with the kept part as it is."""
+        return denoised * self.mask + self.latents * (1 - self.mask)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Run:
+    """All that a walk needs but the model's answers."""
+
+    mmdit: Callable[[], MMDiT]  # gives the model, loaded; asked before each evaluation
+    track: Track
+    sampler: SamplerSpec
+    sigmas: Sequence[float]  # falling; fewer than two make no step
+    x: Tensor  # [B, 16, h, w] float32, mixed with noise at the first sigma, on the model's device
+    seed: int  # of the noise that the sampler draws
+    inpaint: Inpaint | None = None
+    retry_bf16: bool = False  # see `finite.denoise_finite`
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """How far a run is."""
+
+    done: int  # evaluations of the model
+    total: int  # in all; 0 where the sampler chooses as it goes
+    denoised: Tensor | None = None  # the estimate [B, 16, h, w] of the last evaluation; None before the first
+
+
+Watch = Callable[[Step], None]
+"""Told of the start of a run and of every evaluation; what it raises stops the run."""
+
+Solve = Callable[[Run, Watch], Tensor]
+"""From a run to the latents [B, 16, h, w] it ends in: the seam between who wants them and who owns the device.
+
+Raises what `watch` raises, and NumericsError.
+"""
+
+
+def solve(run: Run, watch: Watch, *, cache: Tables | None = None) -> Tensor:
+    """The plain loop: one run alone.
+
+    Args:
+        watch: called in between evaluations.
+        cache: for tables of modulation that outlive the run.
+
+    Returns:
+        What the sampler ends in, [B, 16, h, w] like `run.x`.
+
+    Raises:
+        NumericsError: the model or the sampler gave NaN or infinity.
+        RequestError: a condition's area lies outside of the latents.
+    """
+    with torch.inference_mode(), whole_processor():
+        walk = Walk(run, cache=cache)
+        watch(walk.step)
+        while walk.question is not None:
+            evaluation = walk.step.done + 1
+            walk.answer(denoise_finite(run.mmdit(), walk.question, evaluation=evaluation, retry_bf16=run.retry_bf16))
+            watch(walk.step)
+        return walk.result
+
+
+class Walk:
+    """A run under way, for those who answer its questions; used inside torch.inference_mode.
+
+    Attributes:
+        run: what is walked.
+        question: to be answered next; None at the end.
+        step: how far it is.
+    """
+
+    def __init__(self, run: Run, *, cache: Tables | None = None) -> None:
+        """Make the tables of all steps, and the first question.
+
+        Raises:
+            RequestError: a condition's area lies outside of the latents.
+        """
+        self.run = run
+        self.step = Step(0, 0)
+        self.question: Question | None = None
+        self._result: Tensor | None = run.x
+        if len(run.sigmas) < 2:
+            return
+        mmdit, sampler, sigmas = run.mmdit(), run.sampler, run.sigmas
+        weight = mmdit.x_embedder.proj.weight
+        self._track = run.track.to(weight.device, weight.dtype)
+        calls = [] if sampler.adaptive else sampler.calls(sigmas, shift=run.track.shift)
+        guided = [Question(run.x, sigma, self._track, sampler.needs_uncond).passes for sigma in calls]
+        make_tables(mmdit, self._track, calls, negative=any("uncond" in passes for passes in guided), cache=cache)
+        self.step = Step(0, len(calls))
+        noise = for_run(sampler, run.x, sigmas, run.seed)
+        self._sampler = sampler(run.x, sigmas, noise=noise, shift=run.track.shift)
+        self._advance(lambda: next(self._sampler))
+
+    def answer(self, guided: Guided) -> None:
+        """Go on with the answer to `question`, to the next one or to the result."""
+        denoised = guided.denoised
+        if self.run.inpaint is not None:
+            denoised = self.run.inpaint.answer(denoised)
+        self.step = Step(self.step.done + 1, self.step.total, denoised)
+        needs_uncond = self.run.sampler.needs_uncond
+        reply = Guided(denoised, guided.uncond) if needs_uncond else denoised
+        self._advance(lambda: self._sampler.send(reply))
+
+    @property
+    def result(self) -> Tensor:
+        """What the sampler ended in, [B, 16, h, w].
+
+        Raises:
+            NumericsError: NaN or infinity came from the sampler's own formulas.
+        """
+        assert self.question is None, "the run is still under way"
+        assert self._result is not None
+        if not all_finite(self._result):
+            raise NumericsError(
+                f"The sampler {self.run.sampler.name} gave NaN or infinity at the noise levels of this run; "
+                "try another sampler or another schedule."
+            )
+        return self._result
+
+    def _advance(self, move: Callable[[], Any]) -> None:
+        try:
+            x, sigma = move()
+        except StopIteration as end:
+            self.question, self._result = None, end.value
+            return
+        if self.run.inpaint is not None:
+            x = self.run.inpaint.question(x, sigma)
+        self.question = Question(x, sigma, self._track, self.run.sampler.needs_uncond)
+
+
+def inpaint_noise(sampler: SamplerSpec, noise: Tensor, seed: int) -> Tensor:
+    """The noise under which `Inpaint` hides what is kept: the run's own; for `ddim` other noise, of the next seed.
+
+    Args:
+        noise: [B, ...], what the run starts from.
+        seed: of the run.
+
+    Source: ComfyUI, where ddim is euler with inpainting noise of its own.
+    """
+    if sampler.name != "ddim":
+        return noise
+    return initial_noise(noise.shape, (seed + 1) % SEEDS).to(noise)
+
+
+def stretch(sigmas: Sequence[float], first: int = 0, last: int | None = None, *, to_zero: bool = False) -> list[float]:
+    """The levels of the steps from number `first` up to, not including, number `last`, as KSamplerAdvanced takes them.
+
+    Args:
+        first: counts from 0; none are left where it is beyond the last step.
+        last: None, or beyond the end, for all that follow.
+        to_zero: whether a run that stops early leaves no noise: its last level becomes 0.
+
+    Returns:
+        Falling levels, one more than steps; fewer than two where there is nothing to do.
+
+    Raises:
+        RequestError: a negative number.
+    """
+    if first < 0 or (last is not None and last < 0):
+        raise RequestError(f"steps from {first} to {last}: they are counted from 0.")
+    levels = list(sigmas)
+    if last is not None and last < len(levels) - 1:
+        levels = levels[: last + 1]
+        if to_zero:
+            levels[-1] = 0.0
+    return levels[first:] if first < len(levels) - 1 else []

@@ -1,0 +1,106 @@
+"""Modulation tables that outlive a run, so that a prompt which comes again is not computed again.
+
+What is kept together is what was made in one call of the model: all levels of one run for one prompt. A product's
+rounding depends on how many rows it has, so rows made in other company may differ in their last bits; a run that finds
+its table here has the very bits that it would have computed.
+"""
+
+import hashlib
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from octavo.models import MMDiT, Modulation
+from octavo.sampling.flow import timestep
+
+MAX_BYTES = 512 << 20  # four runs of SD3.5 Large in bfloat16: 28 steps of one prompt are 63 MB
+
+
+def make_table(mmdit: MMDiT, pooled: Tensor, sigmas: Sequence[float]) -> Modulation:
+    """The modulation of one prompt at every level, in one call.
+
+    Args:
+        pooled: [1, pooled width], on the model's device, in its dtype.
+        sigmas: N levels.
+
+    Returns:
+        N rows.
+    """
+    timesteps = torch.tensor([timestep(sigma) for sigma in sigmas], dtype=torch.float32, device=pooled.device)
+    return mmdit.modulation(timesteps, pooled.expand(len(sigmas), -1))
+
+
+class Tables:
+    """Tables by model, prompt and levels; the least recently used leave when there are too many bytes of them.
+
+    Only for models whose weights stay as they are: after a change, `forget` them. Any thread may use it.
+    """
+
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+        self.max_bytes, self.nbytes = max_bytes, 0
+        self.hits = self.misses = 0
+        self._entries: OrderedDict[_Key, _Entry] = OrderedDict()
+        self._lock = threading.RLock()  # again by the same thread, where a model's end is noticed in between
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, mmdit: MMDiT, pooled: Tensor, sigmas: Sequence[float]) -> Modulation:
+        """`make_table`, unless it is here."""
+        bits = pooled.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()
+        key = _Key(id(mmdit), hashlib.blake2b(bits).digest(), pooled.dtype, pooled.device, tuple(sigmas))
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is not None:
+                self._entries.move_to_end(key)
+                self.hits += 1
+                return entry.table
+            self.misses += 1
+        table = make_table(mmdit, pooled, sigmas)
+        nbytes = sum(each.nbytes for each in (*table.image, *table.context, table.final))
+        if nbytes <= self.max_bytes:
+            with self._lock:
+                gone = weakref.ref(mmdit, lambda _: self._drop(key))
+                self._drop(key)  # where another thread made it meanwhile
+                self._entries[key] = _Entry(table, nbytes, gone)
+                self.nbytes += nbytes
+                while self.nbytes > self.max_bytes:
+                    self._drop(next(iter(self._entries)))
+        return table
+
+    def forget(self, mmdit: MMDiT) -> None:
+        """Drop all tables of a model, whose weights or arithmetic are not what they were."""
+        with self._lock:
+            for key in [key for key in self._entries if key.model == id(mmdit)]:
+                self._drop(key)
+
+    def clear(self) -> None:
+        """Drop everything."""
+        with self._lock:
+            self._entries.clear()
+            self.nbytes = 0
+
+    def _drop(self, key: "_Key") -> None:
+        with self._lock:
+            entry = self._entries.pop(key, None)
+            if entry is not None:
+                self.nbytes -= entry.nbytes
+
+
+class _Key(NamedTuple):
+    model: int  # the object's id, which is its own as long as the entry lives
+    prompt: bytes  # digest of pooled
+    dtype: torch.dtype
+    device: torch.device
+    sigmas: tuple[float, ...]
+
+
+class _Entry(NamedTuple):
+    table: Modulation
+    nbytes: int
+    gone: "weakref.ref[MMDiT]"  # drops the entry with its model
