@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from octavo.graph.spec import NodeSpec
+from octavo.graph.spec import Input, NodeSpec
 from tests.goldens import golden
 
 PROSE = ("description", "output_tooltips", "search_aliases")
@@ -33,6 +33,41 @@ def recorded_nodes() -> dict[str, Any]:
     """The recorded entries by name."""
     nodes: dict[str, Any] = json.loads(golden("comfyui/object_info.json").read_text())["nodes"]
     return nodes
+
+
+def declared(entry: dict[str, Any]) -> NodeSpec:
+    """What an author would write for a recorded entry, with a function that gives nothing."""
+    classic = "output_matchtypes" not in entry
+    inputs = {}
+    for section, names in entry["input"].items():
+        for name, given in names.items():
+            if section == "hidden":
+                inputs[name] = Input(type=given, section="hidden")
+                continue
+            kind, options = given[0], dict(given[1]) if len(given) > 1 else {}
+            choices = tuple(kind) if isinstance(kind, list) else None
+            # One node lists files of a server's folder: a COMBO whose options the web page fetches.
+            if kind == "COMBO" and "options" in options:
+                options.pop("multiselect")
+                choices = tuple(options.pop("options"))
+            kind = "COMBO" if isinstance(kind, list) else kind
+            inputs[name] = Input(type=kind, options=options, choices=choices, section=section)
+    return NodeSpec(
+        name=entry["name"],
+        category=entry["category"],
+        inputs=inputs,
+        outputs=tuple(zip(entry["output"], entry["output_name"], strict=True)),
+        run=lambda _context: (),
+        display_name=entry["display_name"],
+        description=entry["description"],
+        module=entry["python_module"],
+        classic=classic,
+        output_node=entry["output_node"],
+        output_tooltips=tuple(t for t in entry.get("output_tooltips", ()) if t),
+        search_aliases=tuple(entry["search_aliases"] or ()),
+        deprecated=entry.get("deprecated", False),
+        experimental=entry.get("experimental", False),
+    )
 
 
 def differences(spec: NodeSpec) -> list[str]:

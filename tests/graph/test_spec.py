@@ -4,45 +4,10 @@ from typing import Any
 
 import pytest
 
-from octavo.graph.spec import COMBO, INT, LINK, Input, NodeSpec, node
-from tests.graph.compare import FixedLists, differences, recorded_nodes
+from octavo.graph.spec import COMBO, INT, LINK, NodeSpec, node
+from tests.graph.compare import FixedLists, declared, differences, recorded_nodes
 
 NOWHERE = FixedLists()
-
-
-def _declared(entry: dict[str, Any]) -> NodeSpec:
-    """What an author would write for a recorded entry."""
-    classic = "output_matchtypes" not in entry
-    inputs = {}
-    for section, names in entry["input"].items():
-        for name, given in names.items():
-            if section == "hidden":
-                inputs[name] = Input(type=given, section="hidden")
-                continue
-            kind, options = given[0], dict(given[1]) if len(given) > 1 else {}
-            choices = tuple(kind) if isinstance(kind, list) else None
-            # One node lists files of a server's folder: a COMBO whose options the web page fetches.
-            if kind == "COMBO" and "options" in options:
-                options.pop("multiselect")
-                choices = tuple(options.pop("options"))
-            kind = "COMBO" if isinstance(kind, list) else kind
-            inputs[name] = Input(type=kind, options=options, choices=choices, section=section)
-    return NodeSpec(
-        name=entry["name"],
-        category=entry["category"],
-        inputs=inputs,
-        outputs=tuple(zip(entry["output"], entry["output_name"], strict=True)),
-        run=lambda _context: (),
-        display_name=entry["display_name"],
-        description=entry["description"],
-        module=entry["python_module"],
-        classic=classic,
-        output_node=entry["output_node"],
-        output_tooltips=tuple(t for t in entry.get("output_tooltips", ()) if t),
-        search_aliases=tuple(entry["search_aliases"] or ()),
-        deprecated=entry.get("deprecated", False),
-        experimental=entry.get("experimental", False),
-    )
 
 
 # The first's choices are fetched by the web page from a route of the server; the second writes its lack of options out.
@@ -53,7 +18,7 @@ def test_every_recorded_entry_can_be_declared():
     for name in set(recorded_nodes()) - ELSEWISE:
         entry = recorded_nodes()[name]
 
-        ours = _declared(entry).object_info(NOWHERE)
+        ours = declared(entry).object_info(NOWHERE)
 
         assert ours == entry
         assert list(ours) == list(entry)
