@@ -54,7 +54,7 @@ OTHERS = {
     "dpm_adaptive": "chooses its own steps; see the test below",
     "ddpm": "made for data that keep their size; see the test below",
     "lcm": "for distilled models, whose estimate is a jump to the end",
-    "er_sde": "has no form without noise",
+    "er_sde": "its own law has no form without noise; see the test below",
     "dpmpp_2s_ancestral_cfg_pp": "does not converge, see its docstring",
 }
 
@@ -143,6 +143,32 @@ def test_noise_drawn_on_the_way_leaves_the_distribution_as_it_is(name: str, orde
 
     assert excess(100) < 0.03
     assert math.log2(excess(50) / excess(100)) > order - 0.6
+
+
+def test_er_sde_as_an_ode_of_order_1_has_that_order() -> None:
+    spec = SAMPLERS["er_sde"].with_options(law="reverse", eta=0.0, order=1)
+    assert math.log2(error(spec, 128) / error(spec, 256)) == pytest.approx(1, abs=0.15)
+
+
+def test_er_sde_of_order_3_gains_by_earlier_answers() -> None:
+    """By less than its order says, for its integrals are sums of 200 points."""
+    spec = SAMPLERS["er_sde"].with_options(law="reverse", eta=0.0)
+    assert error(spec, 64) < 0.1 * error(spec.with_options(order=1), 64)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0, 2.0])
+def test_the_reverse_sde_of_er_sde_leaves_the_distribution_as_it_is(eta: float) -> None:
+    start, end = 0.95, 0.02
+    spec = SAMPLERS["er_sde"].with_options(law="reverse", eta=eta)
+    assert result_deviation(spec, geometric(start, end, 200)) == pytest.approx(deviation(end), rel=3e-3)
+
+
+def test_the_first_step_of_the_reverse_sde_is_that_of_dpmpp_2m_sde() -> None:
+    """Both keep (n_next / n)**(1 + eta) of the old noise while the estimate stays as it is; eta 1 in both."""
+    x, drawn = torch.tensor([1.0, -2.0], dtype=torch.float64), torch.tensor([0.3, 0.7], dtype=torch.float64)
+    runs = (SAMPLERS["er_sde"].with_options(law="reverse"), SAMPLERS["dpmpp_2m_sde"])
+    one, other = (sample(spec(x, [0.8, 0.5], noise=lambda *_: drawn), denoise) for spec in runs)
+    torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("name", ["ddpm", "res_multistep_ancestral", "res_multistep_ancestral_cfg_pp"])

@@ -279,7 +279,8 @@ class Shelf:
             prompt: for all encoders that are not given their own.
             prompt_clip_g, prompt_t5: what CLIP-G and T5 read instead.
             clip_skip: which of CLIP's last layers is read; as `clip` says if None.
-            skip_empty: leave out encoders whose text is empty, as if they were missing.
+            skip_empty: leave out T5 where its text is empty, and both CLIPs where both of theirs are, as if they were
+                missing.
 
         Returns:
             float32 conditioning on the encoders' device.
@@ -295,11 +296,13 @@ class Shelf:
             for warning in tokens.warnings:
                 logger.warning("%s", warning.text)
             if skip_empty:
-                of_l, of_g, of_t5 = (bool((prompt if text is None else text).strip()) for text in texts)
+                of_l, of_g, of_t5 = (bool(prompt if text is None else text) for text in texts)
+                # CLIP-L and CLIP-G stand side by side: one of them reads an empty text rather than nothing.
+                clips = of_l or of_g
                 tokens = replace(
                     tokens,
-                    clip_l=tokens.clip_l if of_l else None,
-                    clip_g=tokens.clip_g if of_g else None,
+                    clip_l=tokens.clip_l if clips else None,
+                    clip_g=tokens.clip_g if clips else None,
                     t5=tokens.t5 if of_t5 else None,
                 )
             return encode_tokens(encoders, tokens, clip_skip=layer)

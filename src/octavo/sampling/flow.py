@@ -70,6 +70,11 @@ def shift_sigma(sigma: LevelT, shift: float) -> LevelT:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
+def unshift_sigma(sigma: float, shift: float) -> float:
+    """The inverse of `shift_sigma`."""
+    return sigma / (shift - (shift - 1) * sigma)
+
+
 def percent_to_sigma(percent: float, shift: float = DEFAULT_SHIFT) -> float:
     """Noise level after the fraction `percent` of the training timesteps: 0 is pure noise (1.0), 1 is clean (0.0).
 

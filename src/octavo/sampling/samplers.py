@@ -132,11 +132,14 @@ _SPECS = (
 )
 _GPU_NAMES = ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde")
 
-_BY_NAME = {spec.name: spec for spec in _SPECS}
 SAMPLERS: Mapping[str, SamplerSpec] = MappingProxyType(
-    _BY_NAME | {f"{name}_gpu": replace(_BY_NAME[name], name=f"{name}_gpu") for name in _GPU_NAMES}
+    {
+        each.name: each
+        for spec in _SPECS
+        for each in (spec, *([replace(spec, name=f"{spec.name}_gpu")] if spec.name in _GPU_NAMES else []))
+    }
 )
-"""All samplers by name."""
+"""All samplers by name, in ComfyUI's order."""
 
 
 def get_sampler(name: str) -> SamplerSpec:

@@ -81,7 +81,7 @@ def normal(steps: int, shift: float) -> Tensor:
     Timesteps are already shifted noise levels, so large shifts crowd the steps at high noise twice. The sigmas of
     diffusers' FlowMatchEulerDiscreteScheduler are these.
     """
-    timesteps = torch.linspace(TIMESTEPS, TIMESTEPS * _lowest(shift), steps)
+    timesteps = torch.linspace(TIMESTEPS, TIMESTEPS * lowest(shift), steps)
     return shift_sigma(timesteps / TIMESTEPS, shift)
 
 
@@ -114,11 +114,16 @@ def beta(steps: int, shift: float) -> Tensor:
 
     Source: Lee et al. 2024 (arXiv 2407.12173).
     """
+    return beta_quantiles(steps, shift, 0.6, 0.6)
+
+
+def beta_quantiles(steps: int, shift: float, a: float, b: float) -> Tensor:
+    """`beta` for any Beta(a, b), both above 0."""
     try:
         from scipy.special import betaincinv
     except ImportError as missing:
         raise MissingExtraError("The beta schedule needs SciPy; run: pip install scipy") from missing
-    quantiles: list[float] = betaincinv(0.6, 0.6, [1 - k / steps for k in range(steps)]).tolist()
+    quantiles: list[float] = betaincinv(a, b, [1 - k / steps for k in range(steps)]).tolist()
     exact = [1 + quantile * (TIMESTEPS - 1) for quantile in quantiles]
     rounded = [round(rank) for rank in exact]
     return _trained(rounded if len(set(rounded)) == steps else exact, shift)
@@ -126,14 +131,14 @@ def beta(steps: int, shift: float) -> Tensor:
 
 def karras(steps: int, shift: float) -> Tensor:
     """Equal steps of sigma to the power of 1/7; Karras et al. 2022 (arXiv 2206.00364), equation 5."""
-    low = _lowest(shift) ** (1 / 7)
+    low = lowest(shift) ** (1 / 7)
     roots: Tensor = 1 + torch.linspace(0, 1, steps) * (low - 1)
     return roots**7
 
 
 def exponential(steps: int, shift: float) -> Tensor:
     """Equal steps of log sigma."""
-    return torch.linspace(0, math.log(_lowest(shift)), steps).exp()
+    return torch.linspace(0, math.log(lowest(shift)), steps).exp()
 
 
 def kl_optimal(steps: int, shift: float) -> Tensor:
@@ -142,7 +147,7 @@ def kl_optimal(steps: int, shift: float) -> Tensor:
     One step starts at 1, as everywhere (ComfyUI divides 0 by 0 there).
     """
     u = torch.arange(steps) / max(steps - 1, 1)
-    return (u * math.atan(_lowest(shift)) + (1 - u) * math.atan(1)).tan()
+    return (u * math.atan(lowest(shift)) + (1 - u) * math.atan(1)).tan()
 
 
 def linear_quadratic(steps: int, _shift: float) -> Tensor:
@@ -168,7 +173,8 @@ def _trained(ranks: Sequence[float], shift: float) -> Tensor:
     return shift_sigma(torch.tensor(ranks, dtype=dtype) / TIMESTEPS, shift)
 
 
-def _lowest(shift: float) -> float:
+def lowest(shift: float) -> float:
+    """The lowest level that the model was trained on."""
     return _trained([1], shift).item()
 
 

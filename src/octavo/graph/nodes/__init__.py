@@ -12,13 +12,14 @@ from octavo.graph.nodes import (
     guiders,
     loaders,
     model_edits,
+    samplers,
     sampling,
     sigmas,
     text,
 )
 from octavo.graph.spec import NodeSpec
 
-_MODULES = (loaders, text, conditioning, model_edits, sampling, sigmas, guiders)
+_MODULES = (loaders, text, conditioning, model_edits, sampling, samplers, sigmas, guiders)
 
 NODES: Mapping[str, NodeSpec] = MappingProxyType({spec.name: spec for module in _MODULES for spec in module.NODES})
 """All nodes by name."""
