@@ -10,16 +10,24 @@ from types import MappingProxyType
 from octavo.graph.nodes import (
     conditioning,
     guiders,
+    image,
+    image_effects,
+    latent,
     loaders,
+    mask,
     model_edits,
     samplers,
     sampling,
     sigmas,
     text,
+    vae,
 )
 from octavo.graph.spec import NodeSpec
 
-_MODULES = (loaders, text, conditioning, model_edits, sampling, samplers, sigmas, guiders)
+_MODULES = (
+    *(loaders, text, conditioning, model_edits, sampling, samplers, sigmas, guiders),
+    *(latent, vae, image, image_effects, mask),
+)
 
 NODES: Mapping[str, NodeSpec] = MappingProxyType({spec.name: spec for module in _MODULES for spec in module.NODES})
 """All nodes by name."""
