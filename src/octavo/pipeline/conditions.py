@@ -81,8 +81,8 @@ class Condition:
         for name in ("strength", "mask_strength"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise RequestError(f"{name} {getattr(self, name)} of a condition: need a number from 0 up.")
-        if self.area is not None and (len(self.area) != 4 or min(self.area[:2]) <= 0 or min(self.area[2:]) < 0):
-            raise RequestError(f"area {self.area}: need height and width above 0, then top and left from 0 up.")
+        if self.area is not None and not (len(self.area) == 4 and all(0 <= side < math.inf for side in self.area)):
+            raise RequestError(f"area {self.area}: need height, width, top and left, all of them from 0 up.")
         if self.mask is not None and self.mask.dim() != 3:
             raise RequestError(f"A mask of shape {list(self.mask.shape)}: need [1 or batch, height, width].")
 
@@ -217,12 +217,10 @@ def _counterpart(laid: _Laid, other: Sequence[_Laid]) -> list[_Laid]:
 
 
 def _in_pixels(area: Area, size: tuple[int, int]) -> Box:
-    """An area in latent pixels; fractions are rounded, sides to at least 1."""
-    height, width, top, left = area
-    if any(isinstance(number, float) for number in area):
-        height, width = (max(1, round(part * side)) for part, side in zip((height, width), size, strict=True))
-        top, left = (round(part * side) for part, side in zip((top, left), size, strict=True))
-    return Box(int(height), int(width), int(top), int(left))
+    """An area in latent pixels; fractions are rounded, and no side is less than 1."""
+    units = (*size, *size) if any(isinstance(number, float) for number in area) else (1, 1, 1, 1)
+    height, width, top, left = (round(number * unit) for number, unit in zip(area, units, strict=True))
+    return Box(max(1, height), max(1, width), top, left)
 
 
 def _bounds(mask: Tensor) -> Box:
