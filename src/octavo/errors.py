@@ -4,7 +4,8 @@ The tree::
 
     OctavoError                     show its text to the user; exit code 2
     ├── RequestError                what was asked cannot be done: a size, a sampler name, a setting
-    │   └── RecipeError             a recipe for quantizing that cannot be read: an unknown key, a value out of range
+    │   ├── RecipeError             a recipe for quantizing that cannot be read: an unknown key, a value out of range
+    │   └── ConflictError           an id or idempotency key of the queue that stands for something else already
     ├── ModelNotFoundError          no file of that name, or none at all: what to download and where to put it
     ├── CheckpointError             a file cannot be used, with file, key, expectation and remedy
     │   ├── CorruptFileError        truncated, bad header, lying offsets, NaN weights
@@ -12,7 +13,16 @@ The tree::
     │   └── UnsupportedFormatError  a number format that we do not read (nvfp4, mxfp8, pickle)
     ├── DownloadError               the hub could not be reached, refused, or the disk is full
     ├── NumericsError               NaN or infinity where a picture should have been; names the layer
+    ├── OutOfMemoryError            the device's memory does not suffice, whatever was given up for it
     ├── GateError                   a quantized model draws too far from the original to be kept
+    ├── QueueError                  the queue of requests cannot be used
+    │   ├── QueueFullError          as many requests wait as may; says when to try again
+    │   ├── QueueBusyError          another process has the queue's file open; says which
+    │   └── QueueFileError          the queue's file is damaged, foreign, or cannot be written
+    ├── JobError                    a queued request ended early; carries what it had by then
+    │   ├── JobCancelledError       someone cancelled it
+    │   ├── DeadlineExceededError   its time is up
+    │   └── ShutdownError           the server stops; the request goes back to the queue
     └── MissingExtraError           an optional package is not installed; says what to install
 
 An error's text says what happened, what was expected and what to do.
@@ -20,6 +30,7 @@ An error's text says what happened, what was expected and what to do.
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class OctavoError(Exception):
@@ -32,6 +43,10 @@ class RequestError(OctavoError):
 
 class RecipeError(RequestError):
     """A recipe for quantizing says what no recipe can."""
+
+
+class ConflictError(RequestError):
+    """A name given to a request belongs to another request."""
 
 
 class ModelNotFoundError(OctavoError):
@@ -62,8 +77,62 @@ class NumericsError(OctavoError):
     """NaN or infinity appeared in the computation."""
 
 
+class OutOfMemoryError(OctavoError):
+    """The device's memory does not suffice for what was asked."""
+
+
 class GateError(OctavoError):
     """A quantized model's pictures are too far from the 16-bit model's."""
+
+
+class QueueError(OctavoError):
+    """The queue of requests cannot be used."""
+
+
+class QueueFullError(QueueError):
+    """No more requests are taken at present.
+
+    Attributes:
+        retry_after: seconds after which a place is likely to be free.
+    """
+
+    def __init__(self, text: str, *, retry_after: int) -> None:
+        super().__init__(text)
+        self.retry_after = retry_after
+
+
+class QueueBusyError(QueueError):
+    """Another process has the queue's file."""
+
+
+class QueueFileError(QueueError):
+    """The queue's file cannot be read or written."""
+
+
+class JobError(OctavoError):
+    """A queued request ended before it was finished.
+
+    Attributes:
+        details: plain data about the failure, for those who read JSON.
+        result: what it had made by then, plain data; None where there is nothing to show.
+    """
+
+    def __init__(self, text: str, *, details: dict[str, Any] | None = None, result: dict[str, Any] | None = None):
+        super().__init__(text)
+        self.details = details
+        self.result = result
+
+
+class JobCancelledError(JobError):
+    """Someone cancelled the request."""
+
+
+class DeadlineExceededError(JobError):
+    """The request's time is up."""
+
+
+class ShutdownError(JobError):
+    """The server stops; the request is run again after its next start."""
 
 
 class MissingExtraError(OctavoError):
