@@ -1,47 +1,17 @@
 """Whole denoising runs against ComfyUI's, from the first noise to the last latents."""
 
-import json
 from dataclasses import dataclass, field
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from octavo.models import MMDiT, MMDiTConfig
 from octavo.models.vae import from_latents, to_latents
 from octavo.pipeline.denoise import Question, Track, denoise
-from octavo.pipeline.encode import Conditioning
 from octavo.pipeline.run import Run, solve
-from octavo.sampling import ClassifierFree, Guidance, SkipLayerGuidance, get_sampler, initial_noise, schedule
+from octavo.sampling import Guidance, SkipLayerGuidance, get_sampler, initial_noise, schedule
 from octavo.sampling.flow import add_noise
-from tests.goldens import golden
-from tests.recipes import mmdit_weights
-
-
-@pytest.fixture(scope="module")
-def model() -> MMDiT:
-    description = golden("comfyui/mmdit_large_tiny.json")
-    facts = json.loads(description.read_text())
-    config = MMDiTConfig(
-        depth=facts["depth"], width=facts["hidden"], heads=facts["heads"], pos_embed_size=facts["pos_embed_max_size"]
-    )
-    mmdit = MMDiT(config)
-    mmdit.load_state_dict(mmdit_weights(description))
-    return mmdit
-
-
-@pytest.fixture(scope="module")
-def recorded() -> dict[str, Tensor]:
-    return load_file(golden("comfyui/pipeline.safetensors"))
-
-
-def conditioning(recorded: dict[str, Tensor], name: str) -> Conditioning:
-    return Conditioning(recorded[f"in/{name}"], recorded[f"in/{name}_pooled"])
-
-
-def cfg(scale: float, *, rescale: float = 0.0, skip: SkipLayerGuidance | None = None) -> Guidance:
-    return Guidance(classifier_free=ClassifierFree(scale=scale, rescale=rescale), skip_layers=skip)
+from tests.pipeline.recorded import cfg, recorded, tiny_mmdit, told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +32,13 @@ class Case:
     from_image: bool = False
 
 
-def latents(model: MMDiT, recorded: dict[str, Tensor], case: Case) -> Tensor:
+def latents(case: Case) -> Tensor:
     """What ComfyUI calls the run's LATENT."""
     sampler = get_sampler(case.sampler)
-    negative = conditioning(recorded, case.negative) if case.negative else None
-    track = Track.of(conditioning(recorded, case.positive), negative, case.guidance, case.shift)
+    negative = told(case.negative) if case.negative else None
+    track = Track.of(told(case.positive), negative, case.guidance, case.shift)
     noise = initial_noise(case.shape, case.seed, batch_index=case.batch_index)
-    start = to_latents(recorded["in/latent"]) if case.from_image else torch.zeros_like(noise)
+    start = to_latents(recorded()["in/latent"]) if case.from_image else torch.zeros_like(noise)
     sigmas = schedule(
         case.schedule,
         case.steps,
@@ -77,7 +47,7 @@ def latents(model: MMDiT, recorded: dict[str, Tensor], case: Case) -> Tensor:
         discard_penultimate=sampler.discard_penultimate,
     )
     x = add_noise(start, noise, sigmas[0] if sigmas else 0.0)
-    run = Run(mmdit=lambda: model, track=track, sampler=sampler, sigmas=sigmas, x=x, seed=case.seed)
+    run = Run(mmdit=tiny_mmdit, track=track, sampler=sampler, sigmas=sigmas, x=x, seed=case.seed)
     return from_latents(solve(run, lambda _step: None))
 
 
@@ -110,16 +80,16 @@ RUNS = {
 
 
 @pytest.mark.parametrize("case", RUNS)
-def test_latents_equal_comfyui(model: MMDiT, recorded: dict[str, Tensor], case: str) -> None:
-    torch.testing.assert_close(latents(model, recorded, RUNS[case]), recorded[f"out/{case}"], atol=1e-4, rtol=0)
+def test_latents_equal_comfyui(case: str) -> None:
+    torch.testing.assert_close(latents(RUNS[case]), recorded()[f"out/{case}"], atol=1e-4, rtol=0)
 
 
-def test_requests_in_company_get_what_they_get_alone(model: MMDiT, recorded: dict[str, Tensor]) -> None:
+def test_requests_in_company_get_what_they_get_alone() -> None:
     """Unlike prompts, lengths of text, guidance and noise levels in one call; only the order of sums may differ."""
     tracks = [
         Track.of(
-            conditioning(recorded, positive),
-            conditioning(recorded, "neg") if scale != 1 else None,
+            told(positive),
+            told("neg") if scale != 1 else None,
             cfg(scale, skip=skip),
             3.0,
         )
@@ -135,8 +105,8 @@ def test_requests_in_company_get_what_they_get_alone(model: MMDiT, recorded: dic
         Question(torch.randn(shape, generator=torch.Generator().manual_seed(i)), 0.3 + 0.2 * i, track)
         for i, (shape, track) in enumerate(zip(shapes, tracks, strict=True))
     ]
-    together = denoise(model, questions)
+    together = denoise(tiny_mmdit(), questions)
     for question, answer in zip(questions, together, strict=True):
-        (alone,) = denoise(model, [question])
+        (alone,) = denoise(tiny_mmdit(), [question])
         torch.testing.assert_close(answer.denoised, alone.denoised, atol=2e-5, rtol=1e-5)
         assert answer.denoised.shape == question.x.shape

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from octavo.fp8 import at_sigmas
 from octavo.models import MMDiT, Modulation
 from octavo.pipeline.conditions import Arranged, Condition, Placed, arrange, mix
 from octavo.pipeline.encode import Conditioning
@@ -111,12 +112,13 @@ def make_tables(
                 track.tables[prompt, sigma] = whole.rows(slice(i, i + 1))
 
 
-def denoise(mmdit: MMDiT, questions: Sequence[Question]) -> list[Guided]:
+def denoise(mmdit: MMDiT, questions: Sequence[Question], *, most_rows: int | None = None) -> list[Guided]:
     """Answer every question.
 
     Args:
         mmdit: gets its own dtype; the answers have that of the question's `x`.
         questions: of one or many tracks.
+        most_rows: that a call of the model may have; None for all that can share it.
 
     Returns:
         For each question its guided estimate of the clean latents and the unguided one of the negative prompt (the
@@ -130,7 +132,7 @@ def denoise(mmdit: MMDiT, questions: Sequence[Question]) -> list[Guided]:
     # By question and pass, what each condition predicts for its part of the latents.
     parts: list[dict[Pass, list[tuple[Placed, Tensor]]]] = [{which: [] for which in q.passes} for q in questions]
     for rows in groups.values():
-        for row, velocity in zip(rows, _evaluate(mmdit, rows), strict=True):
+        for row, velocity in zip(rows, _evaluate(mmdit, rows, most_rows), strict=True):
             estimate = denoised_from_velocity(row.x, velocity, row.question.sigma)
             parts[row.index][row.which].append((row.placed, estimate))
 
@@ -171,9 +173,9 @@ def _rows_of(index: int, question: Question) -> Iterator[_Row]:
                 yield _Row(index, question, which, placed, placed.crop(question.x))
 
 
-def _evaluate(mmdit: MMDiT, rows: Sequence[_Row]) -> list[Tensor]:
-    """One call of the model for rows of like shape: their velocities, in the dtype of their `x`."""
-    latents, contexts, modulations = [], [], []
+def _evaluate(mmdit: MMDiT, rows: Sequence[_Row], most: int | None) -> list[Tensor]:
+    """One call of the model for rows of like shape, several where `most` is less: velocities, in the dtype of `x`."""
+    latents, contexts, modulations, sigmas = [], [], [], []
     for row in rows:
         prompt, sigma, tables = row.placed.conditioning, row.question.sigma, row.question.track.tables
         if (prompt, sigma) not in tables:  # an adaptive sampler's sigma, not known before
@@ -181,11 +183,13 @@ def _evaluate(mmdit: MMDiT, rows: Sequence[_Row]) -> list[Tensor]:
         latents.append(row.x.to(prompt.context.dtype))
         contexts.append(prompt.context.expand(len(row.x), -1, -1))
         modulations.extend([tables[prompt, sigma]] * len(row.x))
-    velocity = mmdit(
-        torch.cat(latents),
-        torch.cat(contexts),
-        Modulation.stack(modulations),
-        skip_layers=rows[0].question.track.skip_layers(rows[0].which),
-    )
-    parts = velocity.split([len(row.x) for row in rows])
+        sigmas.extend([sigma] * len(row.x))
+    x, context = torch.cat(latents), torch.cat(contexts)
+    skip = rows[0].question.track.skip_layers(rows[0].which)
+    velocities = []
+    for first in range(0, len(x), most or len(x)):
+        part = slice(first, first + (most or len(x)))
+        with at_sigmas(mmdit, sigmas[part]):
+            velocities.append(mmdit(x[part], context[part], Modulation.stack(modulations[part]), skip_layers=skip))
+    parts = torch.cat(velocities).split_with_sizes([len(row.x) for row in rows])
     return [part.to(row.x.dtype) for row, part in zip(rows, parts, strict=True)]

@@ -24,6 +24,7 @@ def denoise_each(
     evaluations: Sequence[int],
     retry_bf16: Sequence[bool],
     cache: Tables | None = None,
+    most_rows: int | None = None,
 ) -> list[Guided | NumericsError]:
     """Answer many questions in company; one whose numbers go wrong gets the error, the others their answers.
 
@@ -32,8 +33,9 @@ def denoise_each(
         questions: of any number of tracks.
         evaluations, retry_bf16: of each question, as in `denoise_finite`.
         cache: the tables' origin, which forgets this model where something went wrong.
+        most_rows: as `denoise`.
     """
-    answers: list[Guided | NumericsError] = list(denoise(mmdit, questions))
+    answers: list[Guided | NumericsError] = list(denoise(mmdit, questions, most_rows=most_rows))
     # One number a question, brought from the device in one piece.
     sound = torch.stack([_sound(each) for each in answers if isinstance(each, Guided)]).tolist() if answers else []
     for i, question in enumerate(questions):

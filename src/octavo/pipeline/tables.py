@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from octavo.fp8 import at_sigmas
 from octavo.models import MMDiT, Modulation
 from octavo.sampling.flow import timestep
 
@@ -32,7 +33,8 @@ def make_table(mmdit: MMDiT, pooled: Tensor, sigmas: Sequence[float]) -> Modulat
         N rows.
     """
     timesteps = torch.tensor([timestep(sigma) for sigma in sigmas], dtype=torch.float32, device=pooled.device)
-    return mmdit.modulation(timesteps, pooled.expand(len(sigmas), -1))
+    with at_sigmas(mmdit, sigmas):
+        return mmdit.modulation(timesteps, pooled.expand(len(sigmas), -1))
 
 
 class Tables:
