@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from octavo.devices import free_bytes, pick_device, pick_dtype, whole_processor
+from octavo.devices import free_bytes, out_of_memory, pick_device, pick_dtype, whole_processor
 from octavo.errors import RequestError
 
 CPU = torch.device("cpu")
@@ -24,6 +24,33 @@ def test_products_stay_float32_and_the_switch_goes_back() -> None:
     with pytest.raises(ZeroDivisionError):
         multiply_and_fail()
     assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_the_switch_stays_as_long_as_anyone_needs_it_whatever_the_order() -> None:
+    """Two who overlap without being nested, as two threads do: the first to leave must not take it from the second."""
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    first, second = whole_processor(), whole_processor()
+    first.__enter__()
+    inside = torch.backends.mkldnn.matmul.fp32_precision
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.backends.mkldnn.matmul.fp32_precision == inside
+    second.__exit__(None, None, None)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_what_says_that_memory_is_short_is_known_from_other_errors() -> None:
+    words = "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError(words)):
+        assert out_of_memory(error)
+    for other in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError(words), KeyError("memory")):
+        assert not out_of_memory(other)
+
+
+def test_torch_s_own_words_for_too_little_memory_are_known() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert out_of_memory(caught.value)
 
 
 def test_a_device_is_taken_by_its_name() -> None:
