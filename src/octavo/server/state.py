@@ -1,0 +1,225 @@
+"""What one server holds: its settings, its queue, and, once they are there, its models.
+
+A server answers before torch is imported. `State.start` begins that in a thread of its own, and two promises are kept
+along the way: `until_started` (torch and the rooms that need it are imported; requests can be checked and accepted) and
+`until_ready` (the model is in memory). What cannot be loaded ends up in `problem`.
+"""
+
+import asyncio
+import logging
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import Depends
+from starlette.requests import HTTPConnection
+
+from octavo.engine.metrics import Metrics
+from octavo.engine.queue import Queue
+from octavo.engine.service import Service
+from octavo.errors import OctavoError
+from octavo.server.hub import Hub
+from octavo.server.keys import Keys
+from octavo.server.problems import Refused
+from octavo.server.settings import Settings
+
+if TYPE_CHECKING:
+    from octavo.engine.batch import Batcher
+    from octavo.engine.service import Runner, Task
+    from octavo.pipeline.shelf import Shelf
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 60.0  # seconds that a request waits for the imports
+STOPPING = 10.0  # seconds that work under way has to end when the server stops
+
+
+@dataclass(frozen=True, kw_only=True)
+class Works:
+    """All that needs torch."""
+
+    shelf: "Shelf"
+    batcher: "Batcher | None"
+    nodes: Mapping[str, Any]  # ComfyUI's nodes by name
+    runners: "Mapping[str, Runner]"  # by kind of job
+    warm_up: Callable[[], None]  # brings the model into memory
+    close: Callable[[], None]
+
+
+Load = Callable[[Settings, Metrics], Works]
+
+
+class State:
+    """One server. `create_app` makes it, `the_state` gives it to a route.
+
+    Attributes:
+        settings: as the server was started with.
+        queue: every request that was accepted, on disk.
+        service: who runs them.
+        events: what happens to them, for readers in the event loop.
+        metrics: what is counted.
+        keys: who may come in.
+        stage: what the server is doing on its way to being ready, for people.
+        problem: why it never will be, or None.
+    """
+
+    def __init__(self, settings: Settings, *, load: Load | None = None) -> None:
+        for folder in (settings.data_dir, settings.output_dir, settings.inputs, settings.uploads, settings.user_dir):
+            folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(settings.temp_dir, ignore_errors=True)
+        settings.temp_dir.mkdir()
+        self.settings = settings
+        self.metrics = Metrics()
+        self.queue = Queue(settings.queue_file, limit=settings.queue_limit)
+        self.events = Hub()
+        self.keys = Keys(settings.keys_file, settings.api_keys)
+        self.service = Service(
+            self.queue,
+            {kind: self._runner(kind) for kind in ("generate", "graph")},
+            workers=settings.workers,
+            metrics=self.metrics,
+        )
+        self.service.subscribe(self.events.publish)
+        self.stage = "starting"
+        self.problem: OctavoError | None = None
+        self.failed: Callable[[], None] = lambda: None  # called in the loop when `problem` is set
+        self._load = load or load_works
+        self._works: Works | None = None
+        self._started, self._ready = asyncio.Event(), asyncio.Event()
+
+    # What needs torch
+
+    @property
+    def works(self) -> Works:
+        """What needs torch. Raises `Refused` (503) where it is not there yet; see `until_started`."""
+        if self._works is None:
+            raise self._not_yet()
+        return self._works
+
+    @property
+    def shelf(self) -> "Shelf":
+        """The models."""
+        return self.works.shelf
+
+    @property
+    def nodes(self) -> Mapping[str, Any]:
+        """ComfyUI's nodes by name."""
+        return self.works.nodes
+
+    @property
+    def is_started(self) -> bool:
+        return self._works is not None
+
+    @property
+    def is_ready(self) -> bool:
+        return self._ready.is_set() and self.problem is None
+
+    async def until_started(self) -> Works:
+        """Wait until requests can be checked and accepted.
+
+        Raises:
+            Refused: 503; it takes too long, or never will be.
+        """
+        if self._works is None:
+            await self._wait(self._started)
+        return self.works
+
+    async def until_ready(self) -> Works:
+        """Wait until the model is in memory. Raises as `until_started`."""
+        await self._wait(self._ready)
+        return self.works
+
+    async def _wait(self, event: asyncio.Event) -> None:
+        try:
+            await asyncio.wait_for(event.wait(), PATIENCE)
+        except TimeoutError:
+            raise self._not_yet() from None
+        if self.problem is not None:
+            raise self._not_yet()
+
+    def _not_yet(self) -> Refused:
+        if self.problem is not None:
+            return Refused(f"The server cannot work: {self.problem}", status=503, kind="unavailable")
+        text = f"The server is not ready yet ({self.stage}); try again in a moment."
+        return Refused(text, status=503, kind="unavailable", headers={"Retry-After": "2"})
+
+    # Its life
+
+    def start(self) -> None:
+        """Begin to load, in a thread; call this in the event loop."""
+        self.events.open()
+        self._loop = asyncio.get_running_loop()
+        threading.Thread(target=self._bring_up, name="octavo-load", daemon=True).start()
+
+    def _bring_up(self) -> None:
+        try:
+            self.stage = "importing torch"
+            works = self._load(self.settings, self.metrics)
+            self._works = works
+            self._tell(self._started)
+            self.service.start()
+            self.stage = "loading the model"
+            works.warm_up()
+            self.stage = "ready"
+            logger.info("ready")
+        except OctavoError as problem:
+            self._give_up(problem)
+        except Exception as fault:
+            logger.exception("The server cannot start")
+            self._give_up(OctavoError(f"{type(fault).__name__}: {fault}"))
+        self._tell(self._started)
+        self._tell(self._ready)
+
+    def _give_up(self, problem: OctavoError) -> None:
+        self.stage, self.problem = "failed", problem
+        self._call(lambda: self.failed())
+
+    def _tell(self, event: asyncio.Event) -> None:
+        self._call(event.set)
+
+    def _call(self, what: Callable[[], object]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(what)
+        except RuntimeError:
+            # The loop has been closed: the server was stopped before it was up.
+            return
+
+    async def stop(self) -> None:
+        """Let work under way end, within bounds; what is not done is taken up at the next start."""
+        self.events.close()
+        await asyncio.to_thread(self._shut_down)
+
+    def _shut_down(self) -> None:
+        self.service.stop(STOPPING)
+        if self._works is not None:
+            self._works.close()
+        self.queue.close()
+
+    def _runner(self, kind: str) -> "Runner":
+        def run(task: "Task") -> Mapping[str, Any]:
+            return self.works.runners[kind](task)
+
+        return run
+
+
+def load_works(settings: Settings, metrics: Metrics) -> Works:
+    """Import torch and all that needs it, and look at the model's header.
+
+    Raises:
+        OctavoError: no such model or device, a file that cannot be used.
+    """
+    from octavo.server import works
+
+    return works.load(settings, metrics)
+
+
+def the_state(connection: HTTPConnection) -> State:
+    """For `Depends`: the state, in routes and websockets alike."""
+    state = connection.app.state.octavo
+    assert isinstance(state, State)
+    return state
+
+
+TheState = Annotated[State, Depends(the_state)]
