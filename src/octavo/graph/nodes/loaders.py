@@ -1,4 +1,9 @@
-"""Nodes that load models: whole checkpoints, diffusion models, text encoders and VAEs, by the names of their files."""
+"""Nodes that load models: whole checkpoints, diffusion models, text encoders and VAEs, by the names of their files.
+
+A file that is replaced under its name is another file, so that its loader runs again.
+"""
+
+from collections.abc import Callable
 
 from octavo.errors import RequestError
 from octavo.graph.context import Context
@@ -18,6 +23,17 @@ _DUAL_TYPES = (
 _DEVICE = COMBO(("default", "cpu"), advanced=True).optional
 
 
+def _files_in(*categories: str) -> Callable[..., object]:
+    """For `is_changed`: when the named files of these categories were written, and how large they are."""
+
+    def stamps(context: Context, **inputs: str | None) -> object:
+        names = [name for key, name in inputs.items() if key.rstrip("123").endswith("_name")]
+        found = [context.shelf.folders.find(name, *categories).stat() for name in names if name is not None]
+        return [(stat.st_mtime_ns, stat.st_size) for stat in found]
+
+    return stamps
+
+
 @node(
     "CheckpointLoaderSimple",
     display_name="Load Checkpoint",
@@ -27,6 +43,7 @@ _DEVICE = COMBO(("default", "cpu"), advanced=True).optional
     outputs=("MODEL", "CLIP", "VAE"),
     output_tooltips=("Draws latents.", "Encodes texts.", "Turns latents into pictures and back."),
     search_aliases=("load model", "checkpoint", "model loader", "ckpt"),
+    is_changed=_files_in("checkpoints"),
 )
 def checkpoint_loader_simple(context: Context, ckpt_name: str) -> tuple[ModelLink, Clip | None, Vae | None]:
     """Model, text encoders and VAE of a checkpoint."""
@@ -43,6 +60,7 @@ def checkpoint_loader_simple(context: Context, ckpt_name: str) -> tuple[ModelLin
     inputs={"unet_name": COMBO(files("diffusion_models")), "weight_dtype": COMBO(tuple(WEIGHT_DTYPES))},
     outputs=("MODEL",),
     search_aliases=("load diffusion model", "unet", "transformer"),
+    is_changed=_files_in("diffusion_models"),
 )
 def unet_loader(context: Context, unet_name: str, weight_dtype: str) -> tuple[ModelLink]:
     """A diffusion model alone."""
@@ -56,6 +74,7 @@ def unet_loader(context: Context, unet_name: str, weight_dtype: str) -> tuple[Mo
     description="Loads one text encoder: CLIP-L, CLIP-G or T5-XXL. The type must be sd3.",
     inputs={"clip_name": COMBO(files("text_encoders")), "type": COMBO(_SINGLE_TYPES), "device": _DEVICE},
     outputs=("CLIP",),
+    is_changed=_files_in("text_encoders"),
 )
 def clip_loader(context: Context, clip_name: str, type: str, device: str = "default") -> tuple[Clip]:
     """One text encoder; the model is told nothing by the others."""
@@ -73,6 +92,7 @@ def clip_loader(context: Context, clip_name: str, type: str, device: str = "defa
         "device": _DEVICE,
     },
     outputs=("CLIP",),
+    is_changed=_files_in("text_encoders"),
 )
 def dual_clip_loader(
     context: Context, clip_name1: str, clip_name2: str, type: str, device: str = "default"
@@ -92,6 +112,7 @@ def dual_clip_loader(
         "clip_name3": COMBO(files("text_encoders")),
     },
     outputs=("CLIP",),
+    is_changed=_files_in("text_encoders"),
 )
 def triple_clip_loader(context: Context, clip_name1: str, clip_name2: str, clip_name3: str) -> tuple[Clip]:
     """All three text encoders."""
@@ -105,6 +126,7 @@ def triple_clip_loader(context: Context, clip_name1: str, clip_name2: str, clip_
     description="Loads a VAE.",
     inputs={"vae_name": COMBO(files("vae"))},
     outputs=("VAE",),
+    is_changed=_files_in("vae"),
 )
 def vae_loader(context: Context, vae_name: str) -> tuple[Vae]:
     """A VAE alone."""
