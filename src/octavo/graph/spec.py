@@ -42,7 +42,7 @@ class Input:
 
     type: str  # "INT", "COMBO", "MODEL", …; "*" takes any
     options: Mapping[str, Any] = field(default_factory=dict)  # as `/object_info` shows them
-    choices: Choices | None = None  # of a COMBO
+    choices: Choices | None = None  # of a COMBO; None where the web page asks for them elsewhere
     check: Check | None = None  # takes the place of "is it in the list?"; gives a complaint, or None
     section: Section = "required"
     added_later: bool = False  # ComfyUI's node once lacked it: a prompt without it gets the default
@@ -59,8 +59,7 @@ class Input:
 
     def choose_from(self, lists: Lists) -> list[str]:
         """The names that a COMBO offers now."""
-        assert self.choices is not None
-        return list(self.choices(lists) if callable(self.choices) else self.choices)
+        return list(self.choices(lists) if callable(self.choices) else self.choices or ())
 
     def default(self, lists: Lists) -> Any:
         """What the value is when nobody says it; None where there is no such thing."""
@@ -75,7 +74,7 @@ class Input:
         if self.section == "hidden":
             return self.type
         options = dict(self.options)
-        if self.type == "COMBO":
+        if self.choices is not None:
             if not classic:
                 return ["COMBO", {"multiselect": False, **options, "options": self.choose_from(lists)}]
             return [self.choose_from(lists), options] if options else [self.choose_from(lists)]
@@ -103,7 +102,7 @@ def BOOLEAN(default: bool | None = None, /, *, added_later: bool = False, **opti
 
 
 def COMBO(  # noqa: N802
-    choices: Choices, *, check: Check | None = None, added_later: bool = False, **options: Any
+    choices: Choices | None, *, check: Check | None = None, added_later: bool = False, **options: Any
 ) -> Input:
     """One name out of a list; `files("checkpoints")` for the names of files that are there.
 

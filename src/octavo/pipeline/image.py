@@ -89,8 +89,11 @@ def read_settings(path: str | os.PathLike[str]) -> Settings:
     return settings
 
 
-def open_image(path: str | os.PathLike[str]) -> Image.Image:
+def open_image(path: str | os.PathLike[str], *, max_pixels: int | None = None) -> Image.Image:
     """A picture file, fully read.
+
+    Args:
+        max_pixels: the most that it may have; None for Pillow's own limit.
 
     Raises:
         RequestError: missing, unreadable, damaged, or too large to be meant.
@@ -98,6 +101,11 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     path = Path(path)
     try:
         image = Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"))
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            raise RequestError(
+                f"{path.name} is {image.width}x{image.height} and so has {image.width * image.height:,} pixels; "
+                f"{max_pixels:,} are the most. Make it smaller."
+            )
         image.load()
     except FileNotFoundError as error:
         raise RequestError(f"There is no file {path}.") from error

@@ -12,10 +12,12 @@ from octavo.graph.nodes import (
     guiders,
     image,
     image_effects,
+    inout,
     latent,
     loaders,
     mask,
     model_edits,
+    primitives,
     samplers,
     sampling,
     sigmas,
@@ -26,7 +28,7 @@ from octavo.graph.spec import NodeSpec
 
 _MODULES = (
     *(loaders, text, conditioning, model_edits, sampling, samplers, sigmas, guiders),
-    *(latent, vae, image, image_effects, mask),
+    *(latent, vae, image, image_effects, mask, inout, primitives),
 )
 
 NODES: Mapping[str, NodeSpec] = MappingProxyType({spec.name: spec for module in _MODULES for spec in module.NODES})
