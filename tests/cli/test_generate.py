@@ -96,6 +96,7 @@ def test_preview_is_kept_beside_the_output(run: Run) -> None:
         (["x", "--guidance-interval", "all"], "0.1-0.8"),
         (["x", "--image", "nowhere.png"], "no file"),
         (["x", "--denoise", "0.5"], "pass --image"),
+        (["x", "--mask", "mask.png"], "pass --image"),
         (["x", "--from", "nowhere.png"], "no file"),
         (["x", "--prompts", "nowhere.txt"], "Cannot read"),
         (["x", "--batch", "2", "--out", "one.png"], "give a folder"),
@@ -108,6 +109,32 @@ def test_what_cannot_be_done_is_said_in_one_line_with_exit_code_2(run: Run, word
     assert message in err
     assert "Traceback" not in err
     assert not list(Path().glob("**/*.png"))
+
+
+def test_what_the_mask_marks_is_drawn_anew_from_nothing_unless_told(run: Run) -> None:
+    Image.new("RGB", (32, 32), "red").save("start.png")
+    half = Image.new("L", (64, 64), 0)
+    half.paste(255, (0, 0, 32, 64))
+    half.save("half.png")
+    run("a blue circle", "--image", "start.png", "--denoise", "0", "--out", "kept.png")
+    run("a blue circle", "--image", "start.png", "--mask", "half.png", "--out", "drawn.png")
+    settings = read_settings("drawn.png")
+    assert (settings["mask"], settings["denoise"]) == ("half.png", 1.0)
+    kept, drawn = (open_image(Path(name)).convert("RGB") for name in ("kept.png", "drawn.png"))
+    assert kept.crop((0, 0, 16, 32)).tobytes() != drawn.crop((0, 0, 16, 32)).tobytes()
+    run("--from", "drawn.png", "--out", "again.png")
+    assert open_image(Path("again.png")).tobytes() == drawn.tobytes()
+
+
+def test_a_mask_that_is_no_picture_is_refused(run: Run) -> None:
+    Image.new("RGB", (32, 32), "red").save("start.png")
+    Path("mask.png").write_text("white", "utf-8")
+    code, out, err = run("x", "--image", "start.png", "--mask", "mask.png")
+    assert (code, out) == (2, [])
+    assert "mask.png cannot be read as a picture" in err
+    code, _, err = run("x", "--image", "start.png", "--mask", "nowhere.png")
+    assert code == 2
+    assert "no file" in err
 
 
 def test_control_c_keeps_finished_pictures(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,12 @@ from octavo import Components, GenerateRequest, generate, generate_each, load
 from octavo.checkpoint.save import save_safetensors
 from octavo.errors import ModelNotFoundError, NumericsError, OctavoError, RequestError, WrongModelError
 from octavo.pipeline import components as components_module
-from octavo.pipeline.generate import Progress
-from octavo.pipeline.image import read_settings
+from octavo.pipeline.encode import Conditioning, TextEncoders, encode
+from octavo.pipeline.generate import Progress, prepare, start
+from octavo.pipeline.image import open_image, read_settings
+from octavo.pipeline.latents import latents_of, mask_of
+from octavo.pipeline.request import resolve
+from octavo.pipeline.run import Run, Watch, solve
 from octavo.sampling import SAMPLERS, SCHEDULES, SkipLayerGuidance
 from tests.tiny_tree import write_tiny_tree
 
@@ -122,6 +126,59 @@ def test_image_to_image_keeps_more_the_less_is_made_anew(tiny: Components, tmp_p
     assert distance(0.1) < distance(0.5) < distance(0.9)
 
 
+def test_only_the_white_of_a_mask_is_drawn(tiny: Components, tmp_path: Path) -> None:
+    """In latents: where the mask is black they are the picture's, where it is white they are as far off as noise is."""
+    (start_picture,) = generate(tiny, REQUEST)
+    image = str(start_picture.save(tmp_path / "start.png"))
+    mask = Image.new("L", (96, 64), 0)  # of twice the size
+    mask.paste(255, (0, 0, 48, 64))
+    mask.save(tmp_path / "mask.png")
+    asked = replace(REQUEST, image=image, mask=str(tmp_path / "mask.png"), seed=9, steps=4)
+    job = resolve(asked, tiny.preset, model=tiny.name, max_side=tiny.max_side)
+    run = start(tiny, job, prepare(tiny, job))
+    kept = latents_of(open_image(Path(image)), tiny.vae(), width=48, height=32)
+    off = (solve(run, lambda _step: None) - kept).abs()
+    assert off[..., 3:].amax() < 1e-5
+    assert off[..., :3].mean() > 0.1
+    (picture,) = generate(tiny, asked)
+    assert picture.settings["mask"] == asked.mask
+    assert pixels(tiny, GenerateRequest.from_settings(picture.settings)) == picture.image.tobytes()
+    assert pixels(tiny, replace(asked, mask=None)) != picture.image.tobytes()
+
+
+def test_a_mask_shows_its_grey_and_lies_as_its_picture_does() -> None:
+    """Grey 128 is 128/255 of the way; a mask of other proportions is cropped around its middle."""
+    mask = Image.new("L", (96, 32), 0)
+    mask.paste(128, (48, 0, 96, 32))
+    latent = mask_of(mask, width=32, height=32)
+    assert latent.shape == (1, 1, 4, 4)
+    torch.testing.assert_close(latent[0, 0], torch.tensor([0, 0, 1, 1.0]).expand(4, 4) * 128 / 255, atol=0.02, rtol=0)
+
+
+def test_the_work_goes_to_those_who_are_named(tiny: Components) -> None:
+    """An engine's own encoder, solver and device thread are used for all of the work, and give the same picture."""
+    told: list[str] = []
+
+    def my_encode(encoders: TextEncoders, prompt: str, clip_skip: int) -> Conditioning:
+        told.append(f"encode {prompt}")
+        return encode(encoders, prompt, clip_skip)
+
+    def my_solve(run: Run, watch: Watch) -> Tensor:
+        told.append("solve")
+        return solve(run, watch)
+
+    def my_device(work: Callable[[], object]) -> object:
+        told.append("begin")
+        try:
+            return work()
+        finally:
+            told.append("end")
+
+    (picture,) = generate_each(tiny, REQUEST, encode=my_encode, solve=my_solve, on_device=my_device)
+    assert told == ["begin", "encode ", "encode a red star", "end", "begin", "end", "solve", "begin", "end"]
+    assert picture.image.tobytes() == pixels(tiny, REQUEST)
+
+
 def test_a_picture_of_any_mode_and_shape_can_start_a_run(tiny: Components, tmp_path: Path) -> None:
     for mode, size in (("RGBA", (7, 99)), ("L", (200, 20)), ("P", (48, 32)), ("1", (5, 5)), ("I;16", (48, 32))):
         path = tmp_path / f"{mode.replace(';', '')}.png"
@@ -138,6 +195,7 @@ def test_a_picture_of_any_mode_and_shape_can_start_a_run(tiny: Components, tmp_p
         ({"width": 144}, "too large"),
         ({"seed": 2**64 - 1, "batch": 2}, "no room"),
         ({"image": "missing.png"}, "no file"),
+        ({"image": __file__, "mask": "missing.png"}, "cannot be read as a picture"),
     ],
 )
 def test_requests_that_do_not_suit_the_model_are_refused(
@@ -153,7 +211,7 @@ def test_requests_that_do_not_suit_the_model_are_refused(
         {"prompt": "  "}, {"width": 50}, {"height": 0}, {"height": -16}, {"steps": 0}, {"steps": 1001},
         {"guidance_scale": -1}, {"guidance_scale": float("nan")}, {"seed": -1}, {"seed": 2**64}, {"batch": 0},
         {"denoise": 1.5}, {"denoise": 0.5}, {"guidance_start": 0.5, "guidance_end": 0.5}, {"clip_skip": 0},
-        {"shift": 0.0}, {"shift": float("inf")}, {"steps": True}, {"steps": "20"},
+        {"mask": "mask.png"}, {"shift": 0.0}, {"shift": float("inf")}, {"steps": True}, {"steps": "20"},
     ],
 )  # fmt: skip
 def test_requests_that_make_no_sense_are_refused_at_birth(change: dict[str, object]) -> None:

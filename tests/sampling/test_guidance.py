@@ -118,6 +118,17 @@ def test_skip_layer_guidance_can_keep_the_prompts_own_contrast() -> None:
     torch.testing.assert_close(deviations(guided.denoised), deviations(COND))
 
 
+def test_predictions_without_contrast_give_no_nan() -> None:
+    """Such as those of prompts that hold nowhere, which are 0."""
+    nothing = torch.zeros(SHAPE)
+    guidance = Guidance(
+        classifier_free=ClassifierFree(scale=5.0, rescale=0.7),
+        skip_layers=SkipLayerGuidance(scale=3.0, start=0, end=1, rescale=1.0),
+    )
+    assert not guidance.combine(nothing, 0.5, Predictions(nothing, nothing, nothing)).denoised.any()
+    assert guidance.combine(X, 0.5, Predictions(nothing, nothing, nothing)).denoised.isfinite().all()
+
+
 @pytest.mark.parametrize("slg", [SkipLayerGuidance(scale=0.0), SkipLayerGuidance(layers=())])
 def test_skip_layer_guidance_that_does_nothing_makes_no_call(slg: SkipLayerGuidance) -> None:
     assert Guidance(skip_layers=slg).passes(percent_to_sigma(0.1)) == ("cond", "uncond")

@@ -28,6 +28,8 @@ octavo generate "a photo of a fox" --model sd3.5_large_fp8_scaled --size 1024x76
 
 octavo generate "the same, at night" --image fox.png --denoise 0.6 --model sd3.5_medium
 
+octavo generate "a red fox on a bench" --image park.png --mask bench.png --model sd3.5_large
+
 octavo generate --from output/octavo-00001.png --seed 7
 
 octavo generate - < prompts.txt --batch 2 --out pictures/
@@ -73,8 +75,15 @@ def generate(
         typer.Option("--out", "-o", help="File (.png, .webp, .jpg) or folder.  [default: output/]", show_default=False),
     ] = None,
     image: Annotated[Path | None, typer.Option(help="Picture to start from.")] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(help="Picture of --image's proportions: white where it is drawn anew, black where it is kept."),
+    ] = None,
     denoise: Annotated[
-        float | None, typer.Option(help="How much of --image to make anew, 0 to 1.  [default: 0.6]", show_default=False)
+        float | None,
+        typer.Option(
+            help="How much of --image to make anew, 0 to 1.  [default: 0.6; 1 with --mask]", show_default=False
+        ),
     ] = None,
     slg: Annotated[
         float | None, typer.Option(help="Scale of skip-layer guidance; 0 is off. Made for SD3.5 Medium.")
@@ -125,8 +134,8 @@ def generate(
     given = {
         "negative_prompt": negative, "steps": steps, "guidance_scale": guidance, "sampler": sampler,
         "schedule": schedule, "shift": shift, "seed": seed, "batch": batch, "guidance_rescale": rescale,
-        "clip_skip": clip_skip, "denoise": denoise if denoise is not None else (0.6 if image else None),
-        "image": str(image) if image else None,
+        "clip_skip": clip_skip, "denoise": _share(denoise, image, mask),
+        "image": str(image) if image else None, "mask": str(mask) if mask else None,
         **parse_size(size), **_interval(guidance_interval), **_skip_layers(slg),
     }  # fmt: skip
     requests = _requests(_texts(prompt, prompts), repeat, given)
@@ -235,6 +244,13 @@ def _interval(text: str | None) -> dict[str, float]:
         return {"guidance_start": float(start), "guidance_end": float(end)}
     except ValueError:
         raise RequestError(f"--guidance-interval {text}: write two fractions, such as 0.1-0.8.") from None
+
+
+def _share(denoise: float | None, image: Path | None, mask: Path | None) -> float | None:
+    """How much is made anew: as asked, else as suits what is given; what a mask marks should not shine through."""
+    if denoise is None and (image or mask):
+        return 1.0 if mask else 0.6
+    return denoise
 
 
 def _skip_layers(scale: float | None) -> dict[str, Any]:

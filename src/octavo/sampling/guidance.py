@@ -8,6 +8,7 @@ at a level, `Guidance.combine` puts them together; the formulas are plain functi
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from octavo.errors import RequestError
@@ -148,7 +149,9 @@ def rescaled(guided: Tensor, cond: Tensor, x: Tensor, sigma: float, share: float
 def _to_contrast_of(model: Tensor, values: Tensor, share: float) -> Tensor:
     """`values` times a factor per row that takes its deviation `share` of the way to that of `model`."""
     rows = tuple(range(1, values.dim()))
-    ratio = model.std(dim=rows, keepdim=True) / values.std(dim=rows, keepdim=True)
+    contrast = values.std(dim=rows, keepdim=True)
+    # Values without any, such as those of prompts that hold nowhere, stay as they are.
+    ratio = torch.where(contrast > 0, model.std(dim=rows, keepdim=True) / contrast, 1.0)
     return values * (share * ratio + (1 - share))
 
 
