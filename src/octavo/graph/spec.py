@@ -169,7 +169,7 @@ class NodeSpec:
     listed: bool = True  # in /object_info; the web page makes some nodes itself, which no list of ours may name
     is_changed: Callable[..., object] | None = None
     # `is_changed(context, **inputs)` gives what a result depends on beside its inputs, such as the hash of a file; its
-    # repr goes into the signature that the cache goes by. Linked inputs are None.
+    # repr goes into the signature that the cache goes by. Linked inputs are None. A plain object() is new each time.
 
     @property
     def output_types(self) -> tuple[str, ...]:
