@@ -91,7 +91,7 @@ class Fp8Linear(nn.Module):
         input_scale = self.input_scale_of(x)
         y: Tensor
         if torch.is_grad_enabled() and (rows.requires_grad or (self.bias is not None and self.bias.requires_grad)):
-            y = _Multiply.apply(rows, self._weight_to_differentiate(), self.bias, input_scale, backend)  # type: ignore[no-untyped-call]
+            y = _Multiply.apply(rows, self._own_weight(), self.bias, input_scale, backend)  # type: ignore[no-untyped-call]
         else:
             y = backend.run(rows, self._twin or self.scaled, self.bias, input_scale)
         if self.lora_down is not None and self.lora_up is not None:
@@ -114,6 +114,17 @@ class Fp8Linear(nn.Module):
     def scaled(self) -> Scaled:
         """The weight."""
         return Scaled(self.q, self.scale, self.spec.block if self.spec.granularity == "block" else None)
+
+    def dequantized(self) -> Tensor:
+        """The weight [out, in] in float32, the low-rank branch included.
+
+        Raises:
+            RequestError: it was given up for another form.
+        """
+        weight = dequantize(self._own_weight())
+        if self.lora_down is not None and self.lora_up is not None:
+            weight = weight + self.lora_up.detach().float() @ self.lora_down.detach().float()
+        return weight
 
     def problem(self, dtype: torch.dtype, mode: Mode = "exact") -> Problem:
         """What a backend would have to do for inputs of `dtype`, where the layer is now."""
@@ -173,7 +184,7 @@ class Fp8Linear(nn.Module):
             f"{self.spec.format.name} by {self.spec.granularity}{size}{path}"
         )
 
-    def _weight_to_differentiate(self) -> Scaled:
+    def _own_weight(self) -> Scaled:
         if self._twin is not None:
             raise RequestError(_given_up(self.choice))
         return self.scaled
