@@ -139,6 +139,14 @@ def test_every_picture_of_a_batch_has_its_own_mask_as_far_as_there_are_any() -> 
     assert mixed(made_up(1, mask=masks), like=LIKE[:1]).all()
 
 
+def test_weights_lie_on_the_latents_device() -> None:
+    mask = torch.ones(1, 8, 8)
+    like = torch.zeros(1, 16, *SIZE, device="meta")
+    for placed in laid(made_up(area=(8, 8, 4, 4)), made_up(mask=mask), like=like).positive:
+        assert isinstance(placed.weight, Tensor)
+        assert placed.weight.device == like.device
+
+
 @pytest.mark.parametrize(
     ("area", "box"),
     [
