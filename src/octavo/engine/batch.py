@@ -25,7 +25,7 @@ from torch import Tensor
 
 from octavo.devices import whole_processor
 from octavo.engine.memory import Short, attempt, collect, first_that_fits
-from octavo.engine.metrics import Metrics, Stage
+from octavo.engine.metrics import Metrics
 from octavo.engine.policy import Budget, Preference, Turns, choose
 from octavo.engine.seats import Failure, Seat, Work
 from octavo.errors import NumericsError, ShutdownError
@@ -119,12 +119,11 @@ class Batcher:
             if self._metrics:
                 self._metrics.seconds("denoise", perf_counter() - start)
 
-    def do(self, work: Callable[[], T], *, stage: Stage | None = None) -> T:
+    def do(self, work: Callable[[], T]) -> T:
         """Do other work on the device, between two turns, and wait for it.
 
         Args:
             work: called in the device's thread, inside torch.inference_mode; a second time if memory was short.
-            stage: under which its time is counted.
 
         Raises:
             OutOfMemoryError: memory does not suffice for this work.
@@ -133,7 +132,7 @@ class Batcher:
         """
         if current_thread() is self._thread:  # work that is part of other work
             return work()
-        piece = Work(work, stage)
+        piece = Work(work)
         self._enter(self._works, piece)
         result = piece.outcome.get()
         if isinstance(result, Failure):
@@ -219,11 +218,8 @@ class Batcher:
             result: Any = self._sparing([piece.work], "encoding or decoding")
         except BaseException as error:  # whatever it is, it is the caller's
             result = Failure(error)
-        seconds = perf_counter() - start
         piece.outcome.put(result)
-        self._turns.work_took(seconds)
-        if self._metrics and piece.stage:
-            self._metrics.seconds(piece.stage, seconds)
+        self._turns.work_took(perf_counter() - start)
 
     def _turn(self) -> None:
         """Answer the questions of some runs, and let these go on."""

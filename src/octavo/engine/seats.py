@@ -6,7 +6,6 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from octavo.engine.metrics import Stage
 from octavo.errors import NumericsError
 from octavo.pipeline.denoise import Question
 from octavo.pipeline.run import Run, Step, Walk
@@ -73,8 +72,8 @@ class Seat:
 class Work(Generic[T]):
     """Other work for the device."""
 
-    def __init__(self, work: Callable[[], T], stage: Stage | None) -> None:
-        self.work, self.stage = work, stage
+    def __init__(self, work: Callable[[], T]) -> None:
+        self.work = work
         self.outcome: SimpleQueue[T | Failure] = SimpleQueue()
 
 

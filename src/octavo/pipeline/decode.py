@@ -1,12 +1,16 @@
 """Latents to pixels, whole or in tiles when memory is short; and pixels to latents, for pictures that start a run."""
 
+import logging
 from collections.abc import Callable
 from itertools import product
 
 import torch
 from torch import Tensor
 
+from octavo.devices import out_of_memory, trim_memory
 from octavo.models.vae import VAE, from_latents, to_latents
+
+logger = logging.getLogger(__name__)
 
 TILE, OVERLAP = 64, 16  # latent pixels: 512 and 128 pixels of the picture
 
@@ -28,6 +32,19 @@ def decode(vae: VAE, latents: Tensor, *, tile: int | None = None, overlap: int =
         return vae.decode(z).float().clamp(-1, 1)
     pixels = blend_tiles(vae.decode, z, tile=(tile, tile), overlap=overlap, factor=vae.config.factor)
     return pixels.clamp(-1, 1)
+
+
+def decode_as_fits(vae: VAE, latents: Tensor, *, tile: int | None = None, overlap: int = OVERLAP) -> Tensor:
+    """`decode`; where memory does not suffice in tiles, and at last in small ones."""
+    for side, shared in ((tile, overlap), (TILE, OVERLAP)):
+        try:
+            return decode(vae, latents, tile=side, overlap=shared)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            logger.warning("Memory does not suffice to decode %s; smaller tiles are next.", list(latents.shape))
+        trim_memory()
+    return decode(vae, latents, tile=TILE // 2, overlap=OVERLAP // 2)
 
 
 def encode_image(vae: VAE, pixels: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from octavo.devices import whole_processor
 from octavo.pipeline.components import Components
-from octavo.pipeline.decode import OVERLAP, TILE, decode, to_uint8
+from octavo.pipeline.decode import OVERLAP, TILE, decode_as_fits, to_uint8
 from octavo.pipeline.denoise import Track
 from octavo.pipeline.encode import Conditioning, TextEncoders, encode
 from octavo.pipeline.image import Picture, open_image
@@ -174,5 +174,5 @@ def finish(components: Components, job: Job, latents: Tensor) -> Image.Image:
     """From latents to pixels."""
     components.make_room_for(components.vae, components.mmdit)
     tile = TILE if components.wants_tiles(job.width, job.height) else None
-    pixels = to_uint8(decode(components.vae(), latents, tile=tile, overlap=OVERLAP))
+    pixels = to_uint8(decode_as_fits(components.vae(), latents, tile=tile, overlap=OVERLAP))
     return Image.fromarray(pixels[0].cpu().numpy())

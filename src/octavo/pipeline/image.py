@@ -40,8 +40,7 @@ class Picture:
         """
         path = Path(path)
         form = picture_format(path)
-        # A name of its own beside the target, so that an interruption never leaves half a picture under it.
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        part = part_of(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if form == "PNG":
@@ -61,6 +60,11 @@ class Picture:
             part.unlink(missing_ok=True)
             raise RequestError(f"Cannot write {path}: {error.strerror or error}. Choose another --out.") from error
         return path
+
+
+def part_of(path: Path) -> Path:
+    """Where `Picture.save` writes: beside the target, so that an interruption never leaves half a picture there."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 def picture_format(path: Path) -> str:
