@@ -1,0 +1,238 @@
+"""What the page calls, and who else likes plain JSON: models, jobs, their events, pictures to start from.
+
+A caller sees its own jobs only: those sent with the same key.
+"""
+
+import asyncio
+import base64
+import hashlib
+import json
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import FileResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from octavo.engine.events import Event
+from octavo.errors import QueueFullError
+from octavo.server import jobs
+from octavo.server.limits import open_picture
+from octavo.server.page.views import JobView, Models, job_view, list_models, settings_of
+from octavo.server.problems import Refused
+from octavo.server.security import caller_of, jail
+from octavo.server.state import State, TheState
+
+router = APIRouter(prefix="/octavo", tags=["octavo"])
+
+HEARTBEAT = 15.0  # seconds after which a silent stream says that it lives
+PICTURES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
+
+
+class Wish(BaseModel):
+    """What to draw; everything but the prompt is as the model likes it where nothing is said."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str = Field(max_length=20_000)
+    negative_prompt: str = Field("", max_length=20_000)
+    model: str | None = Field(None, description="name of a model, as /octavo/models lists them")
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    sampler: str | None = None
+    schedule: str | None = None
+    shift: float | None = None
+    seed: int | None = None
+    batch: int = Field(1, ge=1, le=64, description="pictures; the seed counts up")
+    image: str | None = Field(None, description="picture to start from, as /octavo/pictures named it")
+    mask: str | None = Field(None, description="where to draw anew: white; likewise")
+    denoise: float = Field(1.0, description="how much of the picture is drawn anew")
+    clip_skip: int = 2
+    guidance_rescale: float = 0.0
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
+    skip_layer_guidance: dict[str, Any] | None = None
+
+
+class Uploaded(BaseModel):
+    name: str
+
+
+class Page(BaseModel):
+    """Jobs, the newest first."""
+
+    jobs: list[JobView]
+    total: int
+
+
+@router.get("/models")
+async def models(state: TheState) -> Models:
+    """The models that can draw, with the settings that suit them."""
+    await state.until_started()
+    return await asyncio.to_thread(list_models, state)
+
+
+@router.post("/jobs", status_code=201)
+async def draw(wish: Wish, request: Request, state: TheState) -> JobView:
+    """Ask for pictures. The answer comes at once; /octavo/events tells how it goes."""
+    await state.until_started()
+    asked = wish.model_dump(exclude_none=True, exclude={"model"})
+    for name in ("image", "mask"):
+        if name in asked:
+            path = jail(state.settings.inputs, asked[name])
+            if not path.is_file():
+                raise Refused(f"There is no picture '{asked[name]}' here; send it to /octavo/pictures.", param=name)
+            asked[name] = str(path)
+    model, settings = await asyncio.to_thread(settings_of, state, wish.model, asked)
+    caller = caller_of(request)
+    try:
+        stored = await asyncio.to_thread(
+            state.service.submit,
+            "generate",
+            {"request": settings, "model": model},
+            client=caller.name,
+            priority=caller.priority,
+            deadline=jobs.deadline_of(request, state.settings.job_timeout),
+            idempotency_key=jobs.idempotency_key(request),
+            # The seed may have been drawn just now; the wish is what must be the same.
+            fingerprint=hashlib.sha256(wish.model_dump_json().encode()).hexdigest(),
+            api="octavo",
+        )
+    except QueueFullError:
+        state.metrics.request("octavo", "refused")
+        raise
+    return await asyncio.to_thread(job_view, state, stored)
+
+
+@router.get("/jobs")
+async def list_jobs(
+    request: Request,
+    state: TheState,
+    limit: Annotated[int, Query(ge=1, le=500)] = 60,
+    offset: Annotated[int, Query(ge=0, le=10**9)] = 0,
+) -> Page:
+    """The caller's jobs, the newest first."""
+    client = caller_of(request).name
+
+    def look() -> Page:
+        found = state.queue.jobs(kind="generate", client=client, limit=limit, offset=offset)
+        total = sum(state.queue.counts("generate", client=client).values())
+        return Page(jobs=[job_view(state, each) for each in found], total=total)
+
+    return await asyncio.to_thread(look)
+
+
+@router.get("/jobs/{id}")
+async def one_job(id: str, request: Request, state: TheState) -> JobView:
+    """One job."""
+    return await asyncio.to_thread(lambda: job_view(state, _own(request, state, id)))
+
+
+@router.delete("/jobs/{id}")
+async def end_job(id: str, request: Request, state: TheState) -> JobView:
+    """Cancel a job that waits or runs; forget one that is over. Its pictures stay in the output folder."""
+
+    def end() -> JobView:
+        stored = _own(request, state, id)
+        if stored.over:
+            state.queue.delete([id])
+            return job_view(state, stored)
+        state.service.cancel(id)
+        return job_view(state, state.queue.get(id) or stored)
+
+    return await asyncio.to_thread(end)
+
+
+@router.post("/pictures", status_code=201, openapi_extra={"requestBody": {"content": {"image/*": {}}}})
+async def upload(request: Request, state: TheState) -> Uploaded:
+    """Send a picture to start from, as the body: PNG, JPEG or WebP."""
+    data = await request.body()
+
+    def keep() -> Uploaded:
+        image = open_picture(data, max_pixels=state.settings.max_upload_pixels, field="picture")
+        name = f"{uuid.uuid4().hex}.png"
+        # Written anew, so that nothing but pixels comes in.
+        part = state.settings.inputs / f".{name}"
+        image.save(part, "PNG")
+        part.replace(state.settings.inputs / name)
+        return Uploaded(name=name)
+
+    return await asyncio.to_thread(keep)
+
+
+@router.get("/pictures/{name:path}", response_class=Response)
+def picture(name: str, state: TheState) -> FileResponse:
+    """A finished picture."""
+    path = jail(state.settings.output_dir, name)
+    kind = PICTURES.get(Path(name).suffix.lower())
+    if kind is None or not path.is_file():
+        raise Refused(f"There is no picture '{name[:100]}'.", status=404, kind="not_found")
+    # Each name is given once, so its picture never changes.
+    return FileResponse(path, media_type=kind, headers={"Cache-Control": "private, max-age=31536000, immutable"})
+
+
+@router.get("/events", response_class=StreamingResponse, responses={200: {"content": {"text/event-stream": {}}}})
+async def events(request: Request, state: TheState) -> StreamingResponse:
+    """What happens, as server-sent events: `state` of the server, `job` (all of it, when it changes), `progress` and
+    `preview` (a JPEG in base64)."""
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(_stream(request, state), media_type="text/event-stream", headers=headers)
+
+
+async def _stream(request: Request, state: State) -> AsyncIterator[str]:
+    client = caller_of(request).name
+    mine = dict[str, bool]()  # by job, whether it is the caller's
+    with state.events.follow() as follower:
+        told = _state_of(state)
+        yield _message("state", told)
+        while True:
+            event = await follower.next(1.0 if not state.is_ready else HEARTBEAT)
+            if (now := _state_of(state)) != told:
+                told = now
+                yield _message("state", told)
+            if event is None:
+                if state.is_ready:
+                    yield ": \n\n"
+                continue
+            if event.job not in mine:
+                stored = await asyncio.to_thread(state.queue.get, event.job)
+                mine[event.job] = stored is not None and stored.kind == "generate" and stored.client == client
+            if mine[event.job] and (message := await _told(state, event)) is not None:
+                yield message
+            if event.type in ("finished", "failed", "cancelled"):
+                mine.pop(event.job)
+
+
+async def _told(state: State, event: Event) -> str | None:
+    if event.type == "preview":
+        if event.binary is None:
+            return None
+        image = base64.b64encode(event.binary).decode("ascii")
+        return _message("preview", {"id": event.job, "image": image, "type": "image/jpeg"})
+    if event.type in ("progress", "stage"):
+        return _message("progress", {"id": event.job, **event.data})
+    stored = await asyncio.to_thread(state.queue.get, event.job)
+    if stored is None:
+        return None
+    return _message("job", job_view(state, stored).model_dump(mode="json"))
+
+
+def _state_of(state: State) -> dict[str, Any]:
+    headline = state.shelf.components(state.settings.model).headline if state.is_ready else ""
+    problem = None if state.problem is None else str(state.problem)
+    return {"ready": state.is_ready, "stage": state.stage, "headline": headline, "problem": problem}
+
+
+def _message(type: str, data: dict[str, Any]) -> str:
+    return f"event: {type}\ndata: {json.dumps(data)}\n\n"
+
+
+def _own(request: Request, state: State, id: str) -> Any:
+    stored = state.queue.get(id)
+    if stored is None or stored.kind != "generate" or stored.client != caller_of(request).name:
+        raise Refused(f"There is no job '{id[:100]}'.", status=404, kind="not_found")
+    return stored
