@@ -77,6 +77,7 @@ def fake_load(settings: Settings, _metrics: Metrics) -> Works:
         shelf=Shelf(LoadSettings(models_dir=settings.models_dir or settings.data_dir / "models", device="cpu")),
         batcher=None,
         nodes=NODES,
+        workshop=None,
         runners={"generate": lambda task: draw_at_once(task, settings.output_dir), "graph": graph},
         warm_up=lambda: None,
         close=lambda: None,

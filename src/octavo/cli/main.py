@@ -15,6 +15,7 @@ from octavo.cli import convert as converting
 from octavo.cli import evaluate as evaluating
 from octavo.cli import quantize as quantizing
 from octavo.cli import recipes as cooking
+from octavo.cli import serve as serving
 from octavo.cli.arithmetic import plain_words
 from octavo.cli.generate import EPILOG, generate
 from octavo.cli.info import info
@@ -42,6 +43,7 @@ app.command()(models)
 app.command()(pull)
 app.command(epilog=quantizing.EPILOG)(quantizing.quantize)
 app.command(epilog=cooking.EPILOG)(cooking.recipes)
+app.command(epilog=serving.EPILOG)(serving.serve)
 app.add_typer(train, name="train")
 
 

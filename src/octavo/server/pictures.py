@@ -193,15 +193,13 @@ def named(name: str, names: Mapping[str, str | None]) -> str | None:
 
 def model_names(folders: "Folders", settings: Settings) -> dict[str, str | None]:
     """What may be named, and how the shelf is told; the server's own model first."""
-    from octavo.checkpoint.folders import EMBEDDED
     from octavo.checkpoint.library import survey
 
     own = default_name(settings)
     names: dict[str, str | None] = {own: settings.model}
     for item in survey(folders, "checkpoints", "diffusion_models", "diffusers"):
         if "mmdit" in item.kinds and item.problem is None and _loosely(Path(item.file.name).stem) != _loosely(own):
-            embedded = item.file.path.is_relative_to(EMBEDDED)
-            names.setdefault(item.file.name, None if embedded else item.file.name)
+            names.setdefault(item.file.name, item.file.name)
     return names
 
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -66,6 +68,13 @@ class Server(uvicorn.Server):
     def leave(self) -> None:
         """Stop at the next opportunity."""
         self.should_exit = True
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, but a stop that was asked for is no failure: the signal is not raised again afterwards."""
+        with super().capture_signals():
+            yield
+            self._captured_signals.clear()
 
 
 def configured(app: ASGIApp, settings: Settings) -> uvicorn.Config:

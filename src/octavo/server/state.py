@@ -28,6 +28,7 @@ from octavo.server.settings import Settings
 if TYPE_CHECKING:
     from octavo.engine.batch import Batcher
     from octavo.engine.service import Runner, Task
+    from octavo.graph.runner import Workshop
     from octavo.pipeline.shelf import Shelf
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Works:
     shelf: "Shelf"
     batcher: "Batcher | None"
     nodes: Mapping[str, Any]  # ComfyUI's nodes by name
+    workshop: "Workshop | None"  # what workflows share, their cache among it
     runners: "Mapping[str, Runner]"  # by kind of job
     warm_up: Callable[[], None]  # brings the model into memory
     close: Callable[[], None]
@@ -63,6 +65,7 @@ class State:
         keys: who may come in.
         stage: what the server is doing on its way to being ready, for people.
         problem: why it never will be, or None.
+        a1111: options that A1111's clients have set, by caller.
     """
 
     def __init__(self, settings: Settings, *, load: Load | None = None) -> None:
@@ -82,12 +85,15 @@ class State:
             metrics=self.metrics,
         )
         self.service.subscribe(self.events.publish)
+        self.a1111: dict[str, dict[str, Any]] = {}
         self.stage = "starting"
         self.problem: OctavoError | None = None
         self.failed: Callable[[], None] = lambda: None  # called in the loop when `problem` is set
         self._load = load or load_works
         self._works: Works | None = None
         self._started, self._ready = asyncio.Event(), asyncio.Event()
+        self._turn = threading.Lock()  # whoever brings the server up or down
+        self._stopping = False
 
     # What needs torch
 
@@ -157,9 +163,13 @@ class State:
         try:
             self.stage = "importing torch"
             works = self._load(self.settings, self.metrics)
-            self._works = works
+            with self._turn:
+                if self._stopping:
+                    works.close()
+                    return
+                self._works = works
+                self.service.start()
             self._tell(self._started)
-            self.service.start()
             self.stage = "loading the model"
             works.warm_up()
             self.stage = "ready"
@@ -192,6 +202,8 @@ class State:
         await asyncio.to_thread(self._shut_down)
 
     def _shut_down(self) -> None:
+        with self._turn:
+            self._stopping = True
         self.service.stop(STOPPING)
         if self._works is not None:
             self._works.close()

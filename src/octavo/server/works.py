@@ -4,7 +4,7 @@ from octavo.engine.batch import Batcher
 from octavo.engine.drawing import drawing
 from octavo.engine.metrics import Metrics, fp8_layers
 from octavo.graph.nodes import NODES
-from octavo.graph.runner import run_graph
+from octavo.graph.runner import Workshop, graph_runner
 from octavo.pipeline.shelf import LoadSettings, Shelf
 from octavo.server.settings import Settings
 from octavo.server.state import Works
@@ -27,11 +27,22 @@ def load(settings: Settings, metrics: Metrics) -> Works:
         for part in (*components.encoders, components.mmdit, components.vae):
             batcher.do(part)
 
+    workshop = Workshop(
+        shelf=shelf,
+        input_dir=settings.inputs,
+        output_dir=settings.output_dir,
+        temp_dir=settings.temp_dir,
+        solve=batcher.solve,
+        on_device=batcher.do,
+        max_pixels=settings.max_pixels,
+    )
+    draw = drawing(shelf, batcher, settings.output_dir, model=settings.model, metrics=metrics)
     return Works(
         shelf=shelf,
         batcher=batcher,
         nodes=NODES,
-        runners={"generate": drawing(shelf, batcher, settings.output_dir), "graph": run_graph(shelf, batcher)},
+        workshop=workshop,
+        runners={"generate": draw, "graph": graph_runner(workshop)},
         warm_up=warm_up,
         close=batcher.close,
     )
