@@ -125,6 +125,8 @@ def size_of(value: Any, depth: int = 0) -> int:
     """Bytes of what `value` holds: of everything that says its `nbytes`, and of texts, however they are packed."""
     if depth > DEEPEST:
         return 0
+    if callable(value):  # a model, which belongs to the shelf
+        return SMALL
     size = getattr(value, "nbytes", None)
     if isinstance(size, int):
         return size
@@ -134,7 +136,7 @@ def size_of(value: Any, depth: int = 0) -> int:
         return SMALL + sum(size_of(each, depth + 1) for each in value.values())
     if isinstance(value, list | tuple):
         return SMALL + sum(size_of(each, depth + 1) for each in value)
-    # Plain carriers of data are looked into; a model is none, and belongs to the shelf.
-    if is_dataclass(value) and not isinstance(value, type) and not callable(value):
+    # Plain carriers of data are looked into.
+    if is_dataclass(value):
         return SMALL + sum(size_of(getattr(value, each.name, None), depth + 1) for each in fields(value))
     return SMALL

@@ -11,6 +11,7 @@ import torch
 
 from octavo.errors import ModelNotFoundError, OctavoError, RequestError, WrongModelError
 from octavo.fp8 import Fp8Linear
+from octavo.graph.cache import size_of
 from octavo.graph.context import Context
 from octavo.graph.nodes import loaders, text
 from octavo.graph.nodes.types import ModelLink
@@ -61,6 +62,14 @@ def test_a_checkpoint_gives_the_model_and_all_that_belongs_to_it(context: Contex
     assert model.shift == model.model.preset.shift
     assert {part.kind for part in clip.parts} == {"clip_l", "clip_g", "t5"}
     assert vae.part.kind == "vae"
+
+
+def test_what_is_loaded_takes_no_room_in_the_cache_of_results(context: Context) -> None:
+    """Weights are the shelf's business, or a large model would never be kept."""
+    loaded = loaders.checkpoint_loader_simple.run(context, ckpt_name="tiny.safetensors")
+    assert isinstance(loaded, tuple)
+    assert loaded[0].model.part.nbytes > 500_000
+    assert size_of(loaded) < 20_000
 
 
 @pytest.mark.parametrize("weight_dtype", WEIGHT_DTYPES)
