@@ -98,6 +98,8 @@ def _not_offered(name: str, wanted: Input, value: Any, lists: Lists | None, abou
             return None
         message = "Custom validation failed for node"
         return fault("custom_validation_failed", message, f"{name} - {complaint}", input_name=name)
+    if wanted.choices is None:
+        return None
     offered = list(wanted.choices) if isinstance(wanted.choices, tuple) else wanted.choose_from(_there(lists))
     if value in offered:
         return None
