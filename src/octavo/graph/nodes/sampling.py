@@ -1,9 +1,11 @@
 """Nodes that walk from noise to latents: KSampler and its relatives. All of them lead to `walk`."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import groupby, pairwise
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from octavo.errors import RequestError
@@ -15,6 +17,7 @@ from octavo.pipeline.denoise import Track
 from octavo.pipeline.latents import CHANNELS, FACTOR, latent_mask
 from octavo.pipeline.request import MAX_SEED
 from octavo.pipeline.run import Inpaint, Run, Step, inpaint_noise, stretch
+from octavo.pipeline.shelf import Model
 from octavo.sampling import (
     SAMPLERS,
     SCHEDULES,
@@ -256,8 +259,7 @@ def walk(
         if step.denoised is None:
             context.check()
             return
-        first = step.denoised[:1]
-        context.progress(step.done, step.total, lambda: context.on_device(lambda: model.preview(first)))
+        context.progress(step.done, step.total, partial(_preview, context, model, step.denoised[:1]))
 
     result = remove_signal_scale(context.solve(run, watch), sigmas[-1])
     ended, estimated = (from_latents(x.cpu().float()) for x in (result, result if estimate is None else estimate))
@@ -349,6 +351,16 @@ def _as_shifted(skip: SkipLayers, shift: float) -> SkipLayerGuidance:
         for percent in (skip.guidance.start, skip.guidance.end)
     )
     return replace(skip.guidance, start=start, end=end)
+
+
+def _preview(context: Context, model: Model, denoised: Tensor) -> Image:
+    """A quick look at the first picture; only where its VAE decodes it, the device is needed."""
+
+    @torch.inference_mode()
+    def look() -> Image:
+        return model.preview(denoised)
+
+    return context.on_device(look) if model.embedded else look()
 
 
 def _like(latent: Latent, samples: Tensor) -> Latent:
