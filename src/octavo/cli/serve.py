@@ -60,6 +60,10 @@ def serve(
         list[str] | None,
         typer.Option(help="A name this server is called by, such as pictures.example.", rich_help_panel=KEYS),
     ] = None,
+    public_url: Annotated[
+        str | None,
+        typer.Option(help="Behind a proxy: the address to give out, https://pictures.example.", rich_help_panel=KEYS),
+    ] = None,
     cors: Annotated[
         list[str] | None,
         typer.Option(help="An origin whose pages may call, such as https://pictures.example.", rich_help_panel=KEYS),
@@ -143,7 +147,8 @@ def serve(
     )
     given = {
         "model": model, "host": host, "port": port, "api_keys": _several(api_key), "allow_anonymous": allow_anonymous,
-        "allowed_hosts": _several(allowed_host), "cors": _several(cors), "models_dir": models_dir, "data_dir": data_dir,
+        "allowed_hosts": _several(allowed_host), "cors": _several(cors), "public_url": public_url,
+        "models_dir": models_dir, "data_dir": data_dir,
         "output_dir": output_dir, "input_dir": input_dir, "workers": workers, "queue_limit": queue_limit,
         "max_pixels": max_pixels, "max_upload_pixels": max_upload_pixels, "max_body": max_body,
         "body_timeout": body_timeout, "job_timeout": job_timeout, "log_format": log_format, "log_level": log_level,

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from octavo._version import __version__
-from octavo.server import a1111, comfy, health, problems
+from octavo.server import a1111, comfy, health, openai, problems
 from octavo.server.limits import Bounded
 from octavo.server.logs import Logged
 from octavo.server.security import Locked, SameSite, SecurityHeaders
@@ -23,7 +23,7 @@ ABOUT = (
     "Stable Diffusion 3.5 in 8 bits, behind the APIs that programs already speak: ComfyUI's, AUTOMATIC1111's, OpenAI's."
 )
 # Each has `install(app)`, which adds its routes; the later ones see only what the earlier ones left.
-ROOMS = (health, a1111, comfy)
+ROOMS = (health, a1111, openai, comfy)
 
 
 def create_app(settings: Settings, state: State | None = None) -> FastAPI:
@@ -53,7 +53,12 @@ def create_app(settings: Settings, state: State | None = None) -> FastAPI:
 
     # The one added last is the outermost.
     app.add_middleware(Bounded, max_body=settings.max_body, timeout=settings.body_timeout)
-    app.add_middleware(Locked, keys=lambda: state.keys, allow_anonymous=settings.allow_anonymous)
+    app.add_middleware(
+        Locked,
+        keys=state.keys,
+        allow_anonymous=settings.allow_anonymous,
+        open_to_all=lambda path: state.links.name(path) is not None,
+    )
     if settings.cors:
         app.add_middleware(
             CORSMiddleware,

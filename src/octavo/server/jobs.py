@@ -34,6 +34,7 @@ class Accepted:
     def __init__(self, state: State, stored: Stored, follower: Follower, *, keep: bool) -> None:
         self.stored, self.id = stored, stored.id
         self._state, self._follower, self._keep = state, follower, keep
+        self._over = stored.over
 
     async def events(self, request: Request | None = None) -> AsyncIterator[Event]:
         """What happens to the job, its end included; nothing more where it is over already.
@@ -42,20 +43,19 @@ class Accepted:
         then the client may come back for it.
         """
         gone = asyncio.create_task(_left(request)) if request is not None else None
-        over = False
         try:
-            while not over:
+            while not self._over:
                 if (event := await self._next(gone)) is not None:
-                    over = event.type in LAST
+                    self._over = event.type in LAST
                     yield event
                 elif gone is not None and gone.done():
                     return
                 else:
-                    over = (await self.refreshed()).over
+                    self._over = (await self.refreshed()).over
         finally:
             if gone is not None:
                 gone.cancel()
-            if not over and not self._keep:
+            if not self._over and not self._keep:
                 await asyncio.shield(asyncio.to_thread(self._state.service.cancel, self.id))
 
     async def finish(self, request: Request | None = None) -> Stored:
@@ -67,9 +67,8 @@ class Accepted:
         Raises:
             Refused: it failed, was cancelled or took too long; with the error's own text. 499 where the client left.
         """
-        if not self.stored.over:
-            async for _event in self.events(request):
-                pass
+        async for _event in self.events(request):
+            pass
         stored = await self.refreshed()
         if stored.state == "done":
             return stored

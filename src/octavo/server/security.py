@@ -174,19 +174,28 @@ def _with_port(place: str, default: str) -> tuple[str, str]:
 class Locked:
     """Lets in who shows a key, where there are keys."""
 
-    def __init__(self, app: ASGIApp, *, keys: Callable[[], Keys], allow_anonymous: bool = False) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: Keys,
+        allow_anonymous: bool = False,
+        open_to_all: Callable[[str], bool] = lambda _path: False,
+    ) -> None:
         self._app, self._keys, self._allow_anonymous = app, keys, allow_anonymous
+        self._open_to_all = open_to_all
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        keys, caller = self._keys(), None
+        keys, path, caller = self._keys, scope["path"], None
         shown = shown_keys(scope)
         if shown:
             # A browser may send an old password beside a good key.
             caller = next((found for key in shown if (found := keys.caller(key))), None)
-        if caller is None and (not keys or (self._allow_anonymous and not shown) or scope["path"] in OPEN_TO_ALL):
+        unasked = path in OPEN_TO_ALL or self._open_to_all(path) or (self._allow_anonymous and not shown)
+        if caller is None and (not keys or unasked):
             caller = ANONYMOUS
         if caller is None:
             text = "The key is not known here." if shown else "This server wants a key: Authorization: Bearer KEY."

@@ -42,6 +42,7 @@ class Settings:
     api_keys: tuple[str, ...] = field(default=(), repr=False)  # beside those of the keys file
     allow_anonymous: bool = False  # let in who shows no key
     allowed_hosts: tuple[str, ...] = ()  # names this server is called by, beside its own; "*" for any
+    public_url: str | None = None  # behind a proxy: what clients call this server, for addresses that are given out
     cors: tuple[str, ...] = ()  # origins whose pages may call; "*" for any
     models_dir: Path | None = None
     data_dir: Path = Path("data")  # queue, keys, uploads, what users keep
@@ -76,6 +77,8 @@ class Settings:
                     f"An --api-key needs at least {SHORTEST_KEY} letters, digits or signs; "
                     "'octavo serve --add-key NAME' makes a good one."
                 )
+        if self.public_url is not None and not self.public_url.startswith(("http://", "https://")):
+            raise RequestError(f"--public-url '{self.public_url}': write an address such as https://pictures.example.")
         for origin in self.cors:
             if origin != "*" and not (origin.startswith(("http://", "https://")) and origin.count("/") == 2):
                 raise RequestError(f"--cors '{origin}': write an origin such as https://pictures.example, or *.")

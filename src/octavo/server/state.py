@@ -22,6 +22,7 @@ from octavo.engine.service import Service
 from octavo.errors import OctavoError
 from octavo.server.hub import Hub
 from octavo.server.keys import Keys
+from octavo.server.links import Links
 from octavo.server.problems import Refused
 from octavo.server.settings import Settings
 
@@ -66,6 +67,7 @@ class State:
         stage: what the server is doing on its way to being ready, for people.
         problem: why it never will be, or None.
         a1111: options that A1111's clients have set, by caller.
+        links: addresses of pictures that open without a key.
     """
 
     def __init__(self, settings: Settings, *, load: Load | None = None) -> None:
@@ -86,6 +88,7 @@ class State:
         )
         self.service.subscribe(self.events.publish)
         self.a1111: dict[str, dict[str, Any]] = {}
+        self.links = Links()
         self.stage = "starting"
         self.problem: OctavoError | None = None
         self.failed: Callable[[], None] = lambda: None  # called in the loop when `problem` is set
