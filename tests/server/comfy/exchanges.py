@@ -1,4 +1,4 @@
-"""Recorded answers of ComfyUI, and what it means that an answer of ours equals one: status, type, keys, kinds of values."""
+"""Recorded answers of ComfyUI, and what makes an answer of ours equal to one: status, type, keys, kinds of values."""
 
 import json
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Everything that was recorded of ComfyUI's plain routes, asked of our server: statuses, types, keys, kinds of values."""
+"""All that was recorded of ComfyUI's plain routes, asked of our server: statuses, types, keys, kinds of values."""
 
 import pytest
 from starlette.testclient import TestClient
@@ -8,7 +8,7 @@ from tests.server.comfy.exchanges import differences, exchanges, png, send
 # Where we differ, and why.
 ON_PURPOSE = {
     "root": "/ is our own page",
-    "GET /view_metadata/checkpoints?filename=octavo-demo.safetensors": "our model says something of itself, theirs did not",
+    "GET /view_metadata/checkpoints?filename=octavo-demo.safetensors": "ours says something of itself",
     "GET /internal/folder_paths": "configs and custom_nodes are no folders of ours",
     "upload bad type": "400 with a reason, not 500",
 }

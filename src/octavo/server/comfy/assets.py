@@ -10,8 +10,8 @@ from fastapi import APIRouter, Query
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
+from octavo.graph.lists import pictures_in
 from octavo.server.comfy.bodies import whole_number
-from octavo.server.comfy.lists import pictures
 from octavo.server.state import State, TheState
 
 router = APIRouter(tags=["ComfyUI: what there is"])
@@ -57,14 +57,14 @@ def files_in(kind: str, state: TheState) -> JSONResponse:
     folders = {"input": settings.inputs, "output": settings.output_dir, "temp": settings.temp_dir}
     if kind not in folders:
         return JSONResponse({"error": "Invalid directory type"}, 400)
-    return JSONResponse([path.name for path in sorted(pictures(folders[kind]), key=_age)])
+    return JSONResponse([path.name for path in _newest_first(folders[kind])])
 
 
 def _all(state: State) -> Iterator[dict[str, Any]]:
     for file in state.shelf.folders.files():
         if file.path.is_file():
             yield _asset(file.name, file.path, ["models", file.category])
-    for path in sorted(pictures(state.settings.inputs), key=_age):
+    for path in _newest_first(state.settings.inputs):
         yield _asset(path.name, path, ["input"])
 
 
@@ -86,5 +86,5 @@ def _words(text: str) -> set[str]:
     return {word.strip() for word in text.split(",") if word.strip()}
 
 
-def _age(path: Path) -> float:
-    return -path.stat().st_mtime
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted((folder / name for name in pictures_in(folder)), key=lambda path: -path.stat().st_mtime)

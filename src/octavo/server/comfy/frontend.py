@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
-from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
@@ -100,6 +100,13 @@ def install(app: FastAPI) -> None:
 
     folder = page_folder()
     if folder is not None:
+        # The signs in the browser's tab the page asks for at the root, wherever it is itself.
+        app.mount("/assets/images", PageFiles(directory=folder / "assets" / "images"))
+
+        @app.get("/assets/favicon.ico", include_in_schema=False)
+        def icon() -> FileResponse:
+            return FileResponse(folder / "assets" / "favicon.ico")
+
         app.mount("/comfy", PageFiles(directory=folder, html=True), name="comfy")
         return
 

@@ -119,6 +119,8 @@ async def free(body: JsonObject, state: TheState) -> Response:
     if body.get("unload_models") is True or body.get("free_memory") is True:
         works = await state.until_started()
         batcher, shelf = works.batcher, works.shelf
+        if body.get("free_memory") is True and works.workshop is not None:
+            works.workshop.cache.clear()
         await run_in_threadpool(shelf.free if batcher is None else lambda: batcher.do(shelf.free))
     return Response()
 

@@ -87,7 +87,7 @@ class Reader:
     client: str
     outbox: Outbox = field(default_factory=Outbox)
     knows_metadata: bool = False  # said so by its feature flags: previews come as event 4
-    held: bytes | None = None  # a preview that goes out after the progress it belongs to, see `Clients`
+    held: tuple[bytes, Worth] | None = None  # a preview that goes out after the progress it belongs to
 
 
 @dataclass
@@ -182,17 +182,18 @@ class Clients:
         if type == "progress":
             for reader in self._of(prompt.client):
                 if reader.held is not None:
-                    reader.outbox.put(reader.held, Worth.PREVIEW)
+                    reader.outbox.put(*reader.held)
                     reader.held = None
 
     def _show(self, prompt: Prompt, picture: bytes, of: Mapping[str, Any]) -> None:
         """A preview. As ComfyUI does, before the step's `progress` with metadata, after it without."""
+        result = of.get("image_type") == "image/png"  # of a node that saves to the websocket
         for reader in self._of(prompt.client):
             if reader.knows_metadata:
-                reader.outbox.put(previews.with_metadata(picture, of), Worth.PREVIEW)
-            elif prompt.wants_previews or self.previews == "all":
+                reader.outbox.put(previews.with_metadata(picture, of), Worth.LASTING if result else Worth.PREVIEW)
+            elif result or prompt.wants_previews or self.previews == "all":
                 # A plain program may take every picture on its socket for a result, so it must have asked.
-                reader.held = previews.plain(picture)
+                reader.held = previews.plain(picture), Worth.LASTING if result else Worth.PREVIEW
 
     def _tell(self, client: str | None, text: str, worth: Worth = Worth.LASTING) -> None:
         for reader in self._of(client):
