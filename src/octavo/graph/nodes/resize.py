@@ -58,9 +58,11 @@ def lanczos(x: Tensor, width: int, height: int) -> Tensor:
     """
     planes = x.flatten(0, 1).float().cpu().numpy()
     out = np.empty((len(planes), height, width), np.float32)
+    # Rows first, but a direction that shrinks comes before one that grows.
+    columns_first = width > x.shape[-1] and height < x.shape[-2]
+    between = (x.shape[-1], height) if columns_first else (width, x.shape[-2])
     for plane, target in zip(planes, out, strict=True):
-        rows = _filtered(plane, (width, plane.shape[0]))
-        target[:] = _filtered(rows, (width, height))
+        target[:] = _filtered(_filtered(plane, between), (width, height))
     return torch.from_numpy(out).view(*x.shape[:2], height, width).to(x)
 
 
