@@ -8,7 +8,8 @@ from typing import Any
 
 from octavo.checkpoint.detect import Config
 from octavo.checkpoint.kinds import Kind
-from octavo.models import ClipConfig, MMDiTConfig, T5Config, VAEConfig
+from octavo.errors import UnsupportedFormatError
+from octavo.models import ClipConfig, ControlNetConfig, MMDiTConfig, T5Config, VAEConfig
 from octavo.models.vae import SCALE, SHIFT
 
 DIFFUSERS_VERSION = "0.32.0"  # the first that knows all of these fields
@@ -39,6 +40,8 @@ def config_json(config: Config) -> dict[str, Any]:
             return _clip(config)
         case T5Config():
             return _t5(config)
+        case ControlNetConfig():
+            raise UnsupportedFormatError("A ControlNet is no part of a diffusers model; it is not converted.")
 
 
 def model_index(kinds: Collection[Kind], tokenizers: Collection[Kind]) -> dict[str, Any]:

@@ -20,11 +20,10 @@ from octavo.checkpoint.plan import MODELS, plan_part
 from octavo.checkpoint.presets import Preset, preset_for
 from octavo.checkpoint.scales import METADATA_KEY
 from octavo.checkpoint.source import Located, open_source
-from octavo.models import ClipConfig, MMDiTConfig, T5Config, VAEConfig
+from octavo.models import ClipConfig, ControlNetConfig, MMDiTConfig, T5Config, VAEConfig
 
 DOMAIN_KEY = "octavo.domain"  # what a model can draw, in its maker's words
 TOLD_OTHERWISE = frozenset({METADATA_KEY, FORM_KEY, DOMAIN_KEY})  # headers that the description spells out
-CONTROLS = ("blur", "canny", "depth")  # by the number in a ControlNet's `control_type`
 NEEDED: tuple[tuple[tuple[Kind, ...], str], ...] = (
     (("clip_l", "clip_g", "t5"), "text encoders (octavo pull text-encoders)"),
     (("vae",), "a VAE"),
@@ -160,22 +159,21 @@ def _words(kind: Kind, config: Config) -> str:
             return f"{TITLES[kind]}, {config.layers} layers of width {config.width}, {config.positions} tokens"
         case T5Config():
             return f"{TITLES[kind]}, {config.layers} layers of width {config.width}"
+        case ControlNetConfig():
+            what = f" for {config.control_type}" if config.control_type else ""
+            return f"ControlNet{what}, {config.depth} blocks of width {config.width}{', with text' if config.joint else ''}"
         case VAEConfig():
             return f"VAE, {config.latent_channels} latent channels, factor {config.factor}"
 
 
 def _words_for_addition(located: Located) -> str:
-    """LoRA, ControlNet and embedding files, told a little closer."""
+    """LoRA and embedding files, told a little closer."""
     part, file = located.part, located.file
     if part.kind == "lora":
         downs = [entry for name, entry in file.entries.items() if "lora_down" in name or "lora_A" in name]
         ranks = sorted({entry.shape[0] for entry in downs if entry.shape})
         rank = f", rank {' to '.join(map(str, {ranks[0]: 0, ranks[-1]: 0}))}" if ranks else ""
         return f"LoRA{rank}, {len(downs)} layers"
-    if part.kind == "controlnet":
-        marker = file.entries.get("control_type")
-        number = int(file.read("control_type").flatten()[0]) if marker is not None and marker.nbytes else -1
-        return f"ControlNet for {CONTROLS[number]}" if 0 <= number < len(CONTROLS) else "ControlNet"
     vectors = sum(math.prod(entry.shape[:-1]) for entry in file.entries.values())
     return f"{TITLES[part.kind]}, {vectors} vectors"
 

@@ -16,10 +16,11 @@ from octavo.checkpoint.kinds import CONFIG_KEY, Kind, own_config
 from octavo.checkpoint.layout import Names
 from octavo.checkpoint.tensors import TensorFile
 from octavo.errors import CorruptFileError
-from octavo.models import ClipConfig, MMDiTConfig, T5Config, VAEConfig
+from octavo.models import ClipConfig, ControlNetConfig, MMDiTConfig, T5Config, VAEConfig
 
-Config = MMDiTConfig | ClipConfig | T5Config | VAEConfig
+Config = MMDiTConfig | ClipConfig | T5Config | VAEConfig | ControlNetConfig
 
+CONTROL_TYPES: tuple[Literal["blur", "canny", "depth"], ...] = ("blur", "canny", "depth")  # by number in a file
 HEAD_WIDTH = 64  # in every released MMDiT and CLIP
 MAX_SIDE = 2**20  # of any matrix of a model; far beyond the largest, yet small enough to multiply two
 USUAL_ACTIVATIONS: Mapping[Kind, Literal["quick_gelu", "gelu"]] = {"clip_l": "quick_gelu", "clip_g": "gelu"}
@@ -29,6 +30,7 @@ THEIR_NAMES: Mapping[str, Mapping[str, str]] = {
     "clip_g": {"num_attention_heads": "heads", "hidden_act": "activation"},
     "t5": {"relative_attention_max_distance": "max_distance"},
     "vae": {"norm_num_groups": "groups"},
+    "controlnet": {"force_zeros_for_pooled_projection": "zero_pooled"},
 }
 
 
@@ -48,6 +50,8 @@ def detect(file: TensorFile, names: Names) -> Config:
             return _clip(shapes, kind, said)
         if kind == "t5":
             return _t5(shapes, said)
+        if kind == "controlnet":
+            return _controlnet(shapes, said)
         assert kind == "vae", f"a {kind} has no configuration"
         return _vae(shapes, said)
     except (TypeError, ValueError) as error:
@@ -170,6 +174,49 @@ def _vae(shapes: _Shapes, said: Mapping[str, Any]) -> VAEConfig:
     return config
 
 
+def _controlnet(shapes: _Shapes, said: Mapping[str, Any]) -> ControlNetConfig:
+    names = shapes.names
+    depth = shapes.blocks("transformer_blocks")
+    width, channels, patch_size, _ = shapes.of("control_embedder.proj.weight", 4)
+    joint = names.has("context_embedder.weight")
+    stream = "blocks.0.x_block" if joint else "blocks.0"
+    qk_norm = names.has(f"{stream}.attn.ln_q.weight")
+    head_width = shapes.of(f"{stream}.attn.ln_q.weight", 1)[0] if qk_norm else HEAD_WIDTH
+    if width % head_width:
+        shapes.refuse(f"has width {width}, which heads of {head_width} do not divide")
+    positions = names.has("pos_embed")
+    if joint and not positions:
+        shapes.refuse("has text tokens but no table of positions, which no known ControlNet does")
+    config = ControlNetConfig(
+        depth=depth,
+        width=width,
+        heads=width // head_width,
+        joint=joint,
+        dual_attention=tuple(i for i in range(depth) if joint and names.has(f"blocks.{i}.x_block.attn2.qkv.weight")),
+        qk_norm=qk_norm,
+        patch_size=patch_size,
+        in_channels=shapes.of("x_embedder.proj.weight", 4)[1] if positions else channels,
+        control_channels=channels,
+        context_width=shapes.of("context_embedder.weight", 2)[1] if joint else 0,
+        pooled_width=shapes.of("y_embedder.mlp.0.weight", 2)[1],
+        pos_embed_size=math.isqrt(shapes.of("pos_embed", 3)[1]) if positions else 0,
+        zero_pooled=joint,
+        last=names.part.style == "single-file",
+        control_type=_control_type(shapes),
+    )
+    return replace(config, **said)
+
+
+def _control_type(shapes: _Shapes) -> Literal["blur", "canny", "depth"] | None:
+    file = shapes.file
+    if (entry := file.entries.get("control_type")) is None:
+        return None
+    number = int(file.read("control_type").flatten()[0]) if math.prod(entry.shape) == 1 else -1
+    if not 0 <= number < len(CONTROL_TYPES):
+        shapes.refuse(f"says control_type {number}; known are {', '.join(CONTROL_TYPES)}, counted from 0")
+    return CONTROL_TYPES[number]
+
+
 def unsaid(kind: Kind, config: Config) -> dict[str, Any]:
     """Fields of `config` that its tensors' names and shapes would not tell; for `octavo.config`."""
     match config:
@@ -206,7 +253,7 @@ def _said_elsewhere(file: TensorFile, kind: Kind) -> dict[str, Any]:
     for fields in (own, of_kind if isinstance(of_kind, dict) else {}):
         said.update((name, value) for name, value in fields.items() if name in ours)
     for name, value in said.items():
-        if type(value) is not (str if name == "activation" else int):
+        if type(value) is not {"activation": str, "zero_pooled": bool}.get(name, int):
             raise CorruptFileError(
                 f"'{file.path}' has {name} = {value!r:.60} in its config.json or under '{CONFIG_KEY}' in its header. "
                 "Download or write the file again."

@@ -92,7 +92,9 @@ def find_parts(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, 
     """
     for kind, is_part in ADDITIONS:
         if is_part(entries):
-            return (Part(kind, "", "single-file", frozenset(entries)),)
+            fused = any(name.endswith(".attn.qkv.weight") for name in entries)
+            style: Style = "single-file" if kind != "controlnet" or fused else "diffusers"
+            return (Part(kind, "", style, frozenset(entries)),)
 
     found = [
         *_diffusion_model(entries),

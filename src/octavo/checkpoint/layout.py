@@ -63,6 +63,7 @@ KNOWN_SURPLUS: Mapping[str, re.Pattern[str]] = {
     ),
     "t5": re.compile(r"encoder\.embed_tokens\.weight|decoder\..*|lm_head\.weight|logit_scale|spiece_model"),
     "vae": re.compile(r"(loss|model_ema)\..*"),
+    "controlnet": re.compile(r"control_type"),
 }
 
 
@@ -84,6 +85,8 @@ def pieces_in(kind: Kind, style: Style, ours: str, *, depth: int = 0, levels: in
     """
     if style == "diffusers" and kind == "mmdit":
         return _mmdit_in_diffusers(ours, depth)
+    if kind == "controlnet":
+        return _controlnet(ours, style)
     if style == "diffusers" and kind == "vae":
         return (Piece(_vae_in_diffusers(ours, levels)[0]),)
     return (Piece(ours),)
@@ -121,6 +124,8 @@ class Names:
         kind, style = self.part.kind, self.part.style
         if kind == "mmdit" and style == "diffusers":
             return _mmdit_in_diffusers(ours, self.depth)
+        if kind == "controlnet":
+            return _controlnet(ours, style)
         if kind == "vae" and style == "diffusers":
             return (Piece(self._first_present(_vae_in_diffusers(ours, self._levels))),)
         if (
@@ -155,6 +160,24 @@ def _mmdit_in_diffusers(ours: str, depth: int) -> tuple[Piece, ...]:
     if swapped:  # (shift, scale) here, (scale, shift) in diffusers
         return (Piece(names[0], half=1), Piece(names[0], half=0))
     return tuple(Piece(name) for name in names)
+
+
+def _controlnet(ours: str, style: Style) -> tuple[Piece, ...]:
+    """Both kinds of files call most things as diffusers does; only the released ones have an MMDiT's own blocks."""
+    if ours == "pos_embed":
+        return (Piece("pos_embed.pos_embed"),)
+    module, _, ending = ours.rpartition(".")
+    if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", module):
+        block, inside = match.groups()
+        if style == "single-file":
+            return (Piece(f"transformer_blocks.{block}.{inside}.{ending}"),)
+        joint = inside.startswith(("x_block.", "context_block."))
+        names = MMDIT_BLOCK[inside if joint else f"x_block.{inside}"]
+        return tuple(Piece(f"transformer_blocks.{block}.{name}.{ending}") for name in names)
+    if module.startswith("outputs."):
+        return (Piece(f"controlnet_blocks.{module.removeprefix('outputs.')}.{ending}"),)
+    theirs = "pos_embed_input.proj" if module == "control_embedder.proj" else MMDIT_REST[module]
+    return (Piece(f"{theirs}.{ending}"),)
 
 
 def _vae_in_diffusers(ours: str, levels: int) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from octavo.checkpoint.stacking import stack_branches
 from octavo.checkpoint.tensors import TensorFile, torch_dtype
 from octavo.fp8 import Fp8Linear
 from octavo.fp8.scale import spread
-from octavo.models import VAE, ClipTextEncoder, MMDiT, T5Encoder
+from octavo.models import VAE, ClipTextEncoder, ControlNet, MMDiT, T5Encoder
 
 Device = torch.device | str
 Loaded = TypeVar("Loaded", bound=nn.Module)
@@ -63,6 +63,11 @@ def load_t5(path: Path | str, *, device: Device = "cpu", dtype: torch.dtype = to
 def load_vae(path: Path | str, *, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> VAE:
     """The VAE at `path`, as `load_mmdit`."""
     return _load(path, ("vae",), VAE, device, dtype)
+
+
+def load_controlnet(path: Path | str, *, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> ControlNet:
+    """The ControlNet at `path`, as `load_mmdit`."""
+    return _load(path, ("controlnet",), ControlNet, device, dtype)
 
 
 def _load(path: Path | str, kinds: Sequence[Kind], model: type[Loaded], device: Device, dtype: torch.dtype) -> Loaded:

@@ -24,7 +24,7 @@ from octavo.checkpoint.tensors import torch_dtype
 from octavo.errors import CorruptFileError, UnsupportedFormatError, WrongModelError
 from octavo.fp8 import FORMATS, LinearSpec
 from octavo.fp8.scale import BLOCK, Block
-from octavo.models import VAE, ClipTextEncoder, MMDiT, T5Encoder
+from octavo.models import VAE, ClipTextEncoder, ControlNet, MMDiT, T5Encoder
 from octavo.quantize import convert
 
 READABLE = frozenset({"F16", "BF16", "F32", "F64", *FP8_DTYPES})
@@ -34,6 +34,7 @@ MODELS: Mapping[Kind, Callable[[Any], nn.Module]] = {
     "clip_g": ClipTextEncoder,
     "t5": T5Encoder,
     "vae": VAE,
+    "controlnet": ControlNet,
 }
 SHOWN = 3  # names in a message about many
 

@@ -239,7 +239,7 @@ class MMDiT(nn.Module):
         modulation: Modulation,
         *,
         skip_layers: Collection[int] = (),
-        control: Sequence[Tensor] = (),
+        control: Sequence[Tensor | None] = (),
     ) -> Tensor:
         """One evaluation of the velocity field.
 
@@ -257,19 +257,23 @@ class MMDiT(nn.Module):
         for i, block in enumerate(self.joint_blocks):
             if i not in skip_layers:
                 context, x = block(context, x, modulation.context[i], modulation.image[i])
-            if i < len(control):
-                x = x + control[i]
+            if i < len(control) and (residual := control[i]) is not None:
+                x = x + residual
         return self.finish(x, modulation.final, latents.shape[-2:])
 
     def embed(self, latents: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """What enters the first block: text tokens [B, L, D] and image tokens [B, n, D]; arguments as of `forward`."""
+        return self.context_embedder(context), self.embed_image(latents)
+
+    def embed_image(self, latents: Tensor) -> Tensor:
+        """Latents [B, 16, h, w] → image tokens [B, n, D] with their positions."""
         patch = self.config.patch_size
         height, width = latents.shape[-2:]
         if height % patch or width % patch:
             latents = F.pad(latents, (0, -width % patch, 0, -height % patch), mode="circular")
         rows, columns = latents.shape[-2] // patch, latents.shape[-1] // patch
-        x = self.x_embedder(latents) + crop_pos_embed(self.pos_embed, rows, columns).to(latents.dtype)
-        return self.context_embedder(context), x
+        x: Tensor = self.x_embedder(latents) + crop_pos_embed(self.pos_embed, rows, columns).to(latents.dtype)
+        return x
 
     def finish(self, x: Tensor, modulation: Tensor, size: Sequence[int]) -> Tensor:
         """What leaves the last block, image tokens [B, n, D] → velocity [B, 16, h, w].
