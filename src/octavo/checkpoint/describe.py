@@ -161,7 +161,8 @@ def _words(kind: Kind, config: Config) -> str:
             return f"{TITLES[kind]}, {config.layers} layers of width {config.width}"
         case ControlNetConfig():
             what = f" for {config.control_type}" if config.control_type else ""
-            return f"ControlNet{what}, {config.depth} blocks of width {config.width}{', with text' if config.joint else ''}"
+            text = ", with text" if config.joint else ""
+            return f"ControlNet{what}, {config.depth} blocks of width {config.width}{text}"
         case VAEConfig():
             return f"VAE, {config.latent_channels} latent channels, factor {config.factor}"
 
