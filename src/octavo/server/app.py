@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from octavo._version import __version__
-from octavo.server import a1111, comfy, health, openai, problems
+from octavo.server import a1111, comfy, health, openai, page, problems
 from octavo.server.limits import Bounded
 from octavo.server.logs import Logged
 from octavo.server.security import Locked, SameSite, SecurityHeaders
@@ -23,7 +23,7 @@ ABOUT = (
     "Stable Diffusion 3.5 in 8 bits, behind the APIs that programs already speak: ComfyUI's, AUTOMATIC1111's, OpenAI's."
 )
 # Each has `install(app)`, which adds its routes; the later ones see only what the earlier ones left.
-ROOMS = (health, a1111, openai, comfy)
+ROOMS = (health, a1111, openai, comfy, page)
 
 
 def create_app(settings: Settings, state: State | None = None) -> FastAPI:
