@@ -113,7 +113,9 @@ def open_picture(data: bytes, *, max_pixels: int, field: str) -> Image.Image:
             upright = ImageOps.exif_transpose(image)
     except Refused:
         raise
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError, KeyError) as error:
+    except Image.DecompressionBombError:
+        raise bad(f"it is larger than the {max_pixels} pixels that this server takes.") from None
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, KeyError) as error:
         reason = "no PNG, JPEG or WebP picture" if isinstance(error, UnidentifiedImageError) else f"damaged ({error})"
         raise bad(f"it is {reason}.") from error
     if upright.mode in ("RGB", "RGBA", "L"):
