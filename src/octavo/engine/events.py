@@ -86,6 +86,37 @@ class Announcer:
         return event
 
 
+class Waiters:
+    """Those who want to know when a certain job is over; each is told once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: dict[str, list[Callable[[Stored], None]]] = {}
+
+    def add(self, id: str, callback: Callable[[Stored], None]) -> Callable[[], None]:
+        """Call `callback` at the end of this job; what is returned withdraws it, and is harmless afterwards."""
+        with self._lock:
+            self._waiting.setdefault(id, []).append(callback)
+
+        def withdraw() -> None:
+            with self._lock:
+                others = [other for other in self._waiting.pop(id, []) if other is not callback]
+                if others:
+                    self._waiting[id] = others
+
+        return withdraw
+
+    def tell(self, stored: Stored) -> None:
+        """The job is over. A callback that raises is logged."""
+        with self._lock:
+            waiting = self._waiting.pop(stored.id, [])
+        for callback in waiting:
+            try:
+                callback(stored)
+            except Exception:
+                logger.exception("A callback failed at the end of request %s", stored.id)
+
+
 class Task:
     """A job in the hands of its runner.
 

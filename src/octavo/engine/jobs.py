@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import sqlite3
 import uuid
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ State = Literal["queued", "running", "done", "failed", "cancelled", "set_aside"]
 OVER: tuple[State, ...] = ("done", "failed", "cancelled", "set_aside")  # from these nothing leads on
 LONGEST_NAME = 200  # characters of an id, a client's name, an idempotency key
 LARGEST_PRIORITY = 1_000_000
+LARGEST_NUMBER = 1e15  # so that neighbours stay apart as floats
 
 
 class Options(TypedDict, total=False):
@@ -60,8 +60,9 @@ class Order:
             raise RequestError(f"priority {self.priority!r}: need a whole number within ±{LARGEST_PRIORITY}.")
         for name in ("number", "deadline"):
             given = getattr(self, name)
-            if given is not None and (not isinstance(given, int | float) or not math.isfinite(given)):
-                raise RequestError(f"{name} {given!r}: need a number.")
+            # The comparison also refuses whole numbers too large for a float, and NaN.
+            if given is not None and not (isinstance(given, int | float) and abs(given) < LARGEST_NUMBER):
+                raise RequestError(f"{name} {given!r:.60}: need a number within ±{LARGEST_NUMBER:g}.")
         object.__setattr__(self, "text", to_json(self.payload, "The request"))
 
     @property

@@ -13,9 +13,7 @@ what an attempt that did not finish has noted is removed before the request is r
 twice. `service` runs the workers; `shares` says whose turn it is; `store` keeps the file.
 """
 
-import logging
 import math
-import os
 import sqlite3
 import threading
 import time
@@ -25,13 +23,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
+from octavo.engine import noted
 from octavo.engine.jobs import Options, Order, State, Stored, to_json
-from octavo.engine.records import Records, matching, row_of
+from octavo.engine.records import Records, forget_oldest, matching, row_of
 from octavo.engine.shares import Shares
 from octavo.engine.store import Store
 from octavo.errors import ConflictError, JobError, QueueFullError, RequestError
-
-logger = logging.getLogger(__name__)
 
 DEATHS = 2  # of processes while a request ran; then it is set aside
 UNKNOWN_WAIT = 5  # seconds to come back after, while no request has finished yet
@@ -180,17 +177,11 @@ class Queue(Records):
             FileExistsError: the file exists, or another running request has reserved it; take another name.
             JobError: the request is not running.
         """
-        path = Path(path).absolute()
         with self._store.transaction() as db:
-            row = db.execute("SELECT seq FROM jobs WHERE id = ? AND state = 'running'", (id,)).fetchone()
+            row = _running(db, id)
             if row is None:
                 raise JobError(f"The request {id} is not running; it may make no file.")
-            holder = db.execute("SELECT job FROM files WHERE path = ?", (os.fsencode(path),)).fetchone()
-            if holder is not None and holder["job"] == row["seq"]:
-                return
-            if holder is not None or os.path.lexists(path):
-                raise FileExistsError(f"{path} is taken already.")
-            db.execute("INSERT INTO files VALUES (?, ?)", (os.fsencode(path), row["seq"]))
+            noted.note(db, row["seq"], path)
         self.sync()
 
     def finish(self, id: str, result: Mapping[str, Any]) -> Stored | None:
@@ -215,13 +206,19 @@ class Queue(Records):
         return self._end(id, "cancelled", result=result)
 
     def requeue(self, id: str) -> Stored | None:
-        """A running request goes back to its place in the queue, without its files; None where it does not run."""
+        """A running request goes back to its place in the queue, without its files; None where it does not run.
+
+        One that was being cancelled is cancelled instead.
+        """
         with self._store.transaction() as db:
             row = _running(db, id)
             if row is None:
                 return None
-            self._remove_files(db, row["seq"])
-            db.execute("UPDATE jobs SET state = 'queued', started = NULL WHERE seq = ?", (row["seq"],))
+            noted.remove(db, row["seq"])
+            if row["cancelling"]:
+                self._close(db, row["seq"], "cancelled")
+            else:
+                db.execute("UPDATE jobs SET state = 'queued', started = NULL WHERE seq = ?", (row["seq"],))
             stored = row_of(db, row["seq"])
         with self._turn:
             self._shares.ended(row["client"], self.clock() - row["started"])
@@ -258,12 +255,6 @@ class Queue(Records):
                 self._close(db, row["seq"], "cancelled")
             return [row_of(db, row["seq"]) for row in rows]
 
-    def cancelled(self, id: str) -> bool:
-        """Whether a running request was asked to stop, or has been cancelled."""
-        with self._store.reading() as db:
-            row = db.execute("SELECT state, cancelling FROM jobs WHERE id = ?", (id,)).fetchone()
-        return row is not None and bool(row["cancelling"] or row["state"] == "cancelled")
-
     def expire(self) -> list[Stored]:
         """Fail what waited past its deadline, and return it."""
         now = self.clock()
@@ -279,12 +270,6 @@ class Queue(Records):
                 self._close(db, row["seq"], "failed", error={"type": "DeadlineExceededError", "message": message})
             return [row_of(db, row["seq"]) for row in rows]
 
-    def next_deadline(self) -> float | None:
-        """When the first of the waiting requests expires, seconds since 1970."""
-        with self._store.reading() as db:
-            deadline = db.execute("SELECT MIN(deadline) FROM jobs WHERE state = 'queued'").fetchone()[0]
-            return None if deadline is None else float(deadline)
-
     def recover(self) -> list[Stored]:
         """Take care of what ran when an earlier process ended; call it once, before the first `claim`.
 
@@ -299,7 +284,7 @@ class Queue(Records):
                 "SELECT * FROM jobs WHERE state = 'running' AND session != ? ORDER BY seq", (self._session,)
             ).fetchall()
             for row in rows:
-                self._remove_files(db, row["seq"])
+                noted.remove(db, row["seq"])
                 attempts = row["attempts"] + (row["session"] != "left")
                 db.execute("UPDATE jobs SET attempts = ? WHERE seq = ?", (attempts, row["seq"]))
                 if row["cancelling"]:
@@ -382,9 +367,10 @@ class Queue(Records):
             if row is None:
                 return None
             self._close(db, row["seq"], state, result=result, error=error)
-            db.execute("DELETE FROM files WHERE job = ?", (row["seq"],))  # they are kept from now on
+            noted.keep(db, row["seq"])
             stored = row_of(db, row["seq"])
-            self._forget_oldest(db)
+            if self.keep is not None:
+                forget_oldest(db, self.keep)
         with self._turn:
             self._shares.ended(row["client"], stored.seconds or 0.0)
             if state == "done":
@@ -410,31 +396,9 @@ class Queue(Records):
             ),
         )
 
-    def _forget_oldest(self, db: sqlite3.Connection) -> None:
-        """Keep the history within its limit."""
-        if self.keep is not None:
-            db.execute(
-                "DELETE FROM jobs WHERE seq IN (SELECT seq FROM jobs WHERE finished IS NOT NULL"
-                " ORDER BY finished DESC, seq DESC LIMIT -1 OFFSET ?)",
-                (self.keep,),
-            )
-
-    def _remove_files(self, db: sqlite3.Connection, seq: int) -> None:
-        """Remove what an unfinished attempt has noted; some of it may not have been made yet."""
-        for row in db.execute("SELECT path FROM files WHERE job = ?", (seq,)).fetchall():
-            path = os.fsdecode(row["path"])
-            try:
-                os.unlink(path)
-                logger.info("Removed %s, left by a request that did not finish", path)
-            except FileNotFoundError:
-                pass
-            except OSError as error:
-                logger.warning("Could not remove %s, left by a request that did not finish: %s", path, error)
-        db.execute("DELETE FROM files WHERE job = ?", (seq,))
-
 
 def _running(db: sqlite3.Connection, id: str) -> sqlite3.Row | None:
     row: sqlite3.Row | None = db.execute(
-        "SELECT seq, client, started FROM jobs WHERE id = ? AND state = 'running'", (id,)
+        "SELECT seq, client, started, cancelling FROM jobs WHERE id = ? AND state = 'running'", (id,)
     ).fetchone()
     return row

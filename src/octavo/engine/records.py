@@ -97,6 +97,18 @@ class Records:
                 for state in ("queued", "running")
             }
 
+    def cancelled(self, id: str) -> bool:
+        """Whether a running request was asked to stop, or has been cancelled."""
+        with self._store.reading() as db:
+            row = db.execute("SELECT state, cancelling FROM jobs WHERE id = ?", (id,)).fetchone()
+        return row is not None and bool(row["cancelling"] or row["state"] == "cancelled")
+
+    def next_deadline(self) -> float | None:
+        """When the first of the waiting requests expires, seconds since 1970."""
+        with self._store.reading() as db:
+            deadline = db.execute("SELECT MIN(deadline) FROM jobs WHERE state = 'queued'").fetchone()[0]
+            return None if deadline is None else float(deadline)
+
     def delete(self, ids: Iterable[str]) -> int:
         """Take requests that are over out of the history; their output files stay. Returns how many there were."""
         with self._store.transaction() as db:
@@ -128,3 +140,12 @@ def matching(states: Collection[State] | None, kind: str | None, client: str | N
 def row_of(db: sqlite3.Connection, seq: int) -> Stored:
     """The request of that age, which is there."""
     return Stored.of(db.execute("SELECT * FROM jobs WHERE seq = ?", (seq,)).fetchone())
+
+
+def forget_oldest(db: sqlite3.Connection, keep: int) -> None:
+    """Take out of the history what ended before the latest so many."""
+    db.execute(
+        "DELETE FROM jobs WHERE seq IN (SELECT seq FROM jobs WHERE finished IS NOT NULL"
+        " ORDER BY finished DESC, seq DESC LIMIT -1 OFFSET ?)",
+        (keep,),
+    )

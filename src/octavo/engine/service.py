@@ -11,11 +11,12 @@ that it is an internal error, and the log has the rest.
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar, Unpack
 
-from octavo.engine.events import Announcer, Event, Handler, Progress, Task
+from octavo.engine.events import Announcer, Event, Handler, Progress, Task, Waiters
 from octavo.engine.jobs import Options, Order, Stored
 from octavo.engine.queue import Queue
 from octavo.errors import (
@@ -70,8 +71,8 @@ class Service:
         self._metrics = metrics
         self._announcer = Announcer()
         self._tasks: dict[str, Task] = {}
-        self._waiters: dict[str, list[Callable[[Stored], None]]] = {}
-        self._announcing: set[str] = set()  # accepted, but not yet said to be
+        self._waiters = Waiters()
+        self._announcing: Counter[str] = Counter()  # changed, but not yet said to be; see `_first_word`
         self._lock = threading.Lock()
         self._told = threading.Condition(self._lock)  # one id less in `_announcing`
         self._work_came = threading.Condition(self._lock)  # `_news` rose, or the state changed
@@ -96,24 +97,20 @@ class Service:
             RequestError, ConflictError, QueueFullError, QueueFileError: as `Queue.submit`.
         """
         order = Order(kind=kind, payload=payload, **options)
-        with self._lock:
-            self._announcing.add(str(order.id))
-        try:
-            stored, new = self.queue.add(order)
+        with self._first_word(str(order.id)):
+            try:
+                stored, new = self.queue.add(order)
+            except QueueFullError:
+                self._count(order.api, "refused")
+                raise
             if new:
                 self._count(stored.api, "accepted")
                 self._announcer.tell(stored.id, "queued", {})
-        except QueueFullError:
-            self._count(order.api, "refused")
-            raise
-        finally:
-            with self._lock:
-                self._announcing.discard(str(order.id))
-                self._told.notify_all()
-                self._news += 1
-                self._work_came.notify()
-                if order.deadline is not None:
-                    self._deadline_came.notify()
+        with self._lock:
+            self._news += 1
+            self._work_came.notify()
+            if order.deadline is not None:
+                self._deadline_came.notify()
         self.queue.sync()
         return stored
 
@@ -162,24 +159,11 @@ class Service:
         Returns:
             Withdraws the callback.
         """
-        once = _Once(callback)
-        with self._lock:
-            self._waiters.setdefault(id, []).append(once)
+        withdraw = self._waiters.add(id, callback)
         stored = self.queue.get(id)
         if stored is not None and stored.over:
-            once(stored)
-
-        def forget() -> None:
-            with self._lock:
-                waiting = self._waiters.get(id, [])
-                if once in waiting:
-                    waiting.remove(once)
-                if not waiting:
-                    self._waiters.pop(id, None)
-
-        if once.called:
-            forget()
-        return forget
+            self._waiters.tell(stored)
+        return withdraw
 
     def subscribe(self, handler: Handler) -> Callable[[], None]:
         """Hear of every event of every job; see `Announcer.subscribe`."""
@@ -280,15 +264,12 @@ class Service:
             reason = _reason(error)
             ended = self._persist(lambda: self.queue.fail(job.id, reason))
         with self._lock:
-            del self._tasks[job.id]
-        if ended is None:
-            return
-        if not ended.over:
-            self._announcer.tell(job.id, "requeued", {})
-            return
-        self._over(ended)
-        with suppress(QueueFileError):  # what was written is safe from all but a power cut
-            self.queue.sync()
+            if self._tasks.get(job.id) is task:  # else it was requeued, and another worker may have it by now
+                del self._tasks[job.id]
+        if ended is not None and ended.over:
+            self._over(ended)
+            with suppress(QueueFileError):  # what was written is safe from all but a power cut
+                self.queue.sync()
 
     def _outcome(self, task: Task) -> Callable[[], Stored | None]:
         """Run the runner; returns how to write down what came of it."""
@@ -304,7 +285,7 @@ class Service:
             partial = stopped.result
             return lambda: queue.end_cancelled(id, partial)
         except ShutdownError:
-            return lambda: queue.requeue(id)
+            return lambda: self._requeue(id)
         except OctavoError as error:
             reason = _reason(error)
             partial = error.result if isinstance(error, JobError) else None
@@ -313,6 +294,15 @@ class Service:
             logger.exception("Internal error in request %s (%s)", id, task.job.kind)
             message = f"Internal error ({type(error).__name__}); the server's log says more under request {id}."
             return lambda: queue.fail(id, {"type": "InternalError", "message": message})
+
+    def _requeue(self, id: str) -> Stored | None:
+        with self._first_word(id):
+            stored = self.queue.requeue(id)
+            with self._lock:
+                self._tasks.pop(id, None)
+            if stored is not None and not stored.over:
+                self._announcer.tell(id, "requeued", {})
+        return stored
 
     def _keep_deadlines(self) -> None:
         while True:
@@ -338,8 +328,22 @@ class Service:
             self._work_came.notify_all()
             self._deadline_came.notify_all()
 
+    @contextmanager
+    def _first_word(self, id: str) -> Iterator[None]:
+        """While the block changes the state of a request and says so, `_announced` holds all others up."""
+        with self._lock:
+            self._announcing[id] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._announcing[id] -= 1
+                if not self._announcing[id]:
+                    del self._announcing[id]
+                self._told.notify_all()
+
     def _announced(self, id: str) -> None:
-        """Wait until "queued" was said of a request that is being submitted, so that nothing is said before it."""
+        """Wait until others have said what they did to a request, so that its events stay in order."""
         with self._lock:
             self._told.wait_for(lambda: id not in self._announcing)
 
@@ -353,10 +357,7 @@ class Service:
         else:
             data = {"error": stored.error, "result": stored.result, "state": stored.state}
             self._announcer.tell(stored.id, "failed", data)
-        with self._lock:
-            waiting = self._waiters.pop(stored.id, [])
-        for callback in waiting:
-            callback(stored)
+        self._waiters.tell(stored)
 
     def _count(self, api: str, state: str) -> None:
         if self._metrics is not None:
@@ -373,25 +374,6 @@ class Service:
                 logger.error("%s The service tries again in %g s.", error, RETRY_WRITING)
             with self._lock:
                 self._work_came.wait_for(lambda: self._state == "stopped", timeout=RETRY_WRITING)
-
-
-class _Once:
-    """A callback that is called once, however many threads try."""
-
-    def __init__(self, callback: Callable[[Stored], None]) -> None:
-        self._callback = callback
-        self._lock = threading.Lock()
-        self.called = False
-
-    def __call__(self, stored: Stored) -> None:
-        with self._lock:
-            if self.called:
-                return
-            self.called = True
-        try:
-            self._callback(stored)
-        except Exception:
-            logger.exception("A callback failed at the end of request %s", stored.id)
 
 
 def _cancelled() -> JobCancelledError:

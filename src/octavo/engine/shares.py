@@ -84,8 +84,8 @@ class Shares:
         """Set newcomers level, and forget those who are gone and not ahead of anyone."""
         present = {*waiting, *self._running}
         stayed = [self._served[client] for client in present & self._present if client in self._served]
-        if stayed:
-            self._floor = max(self._floor, min(stayed))
+        # Where nobody stayed the workers have been idle, and all begin anew.
+        self._floor = max(self._floor, min(stayed) if stayed else max(self._served.values(), default=0.0))
         for client in present:
             self._served[client] = max(self._served.get(client, 0.0), self._floor)
         for client in [name for name, served in self._served.items() if name not in present and served <= self._floor]:

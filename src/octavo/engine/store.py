@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from octavo.errors import QueueBusyError, QueueFileError
 
 APPLICATION_ID = 0x4F637476  # "Octv", in the header of every queue file
+flush = getattr(os, "fdatasync", os.fsync)  # as SQLite does: a file's times need not be on the disk
 WRITER_PATIENCE = 5.0  # seconds that another program, such as a database browser, may hold the file's write lock
 
 # Each entry leads from one version of the tables to the next; `user_version` in the file counts those done. An entry
@@ -143,7 +144,7 @@ class Store:
             if self._log is None:
                 raise QueueFileError(f"The queue {self.path} is closed.")
             try:
-                getattr(os, "fdatasync", os.fsync)(self._log)
+                flush(self._log)
             except OSError as error:
                 raise QueueFileError(f"The queue {self.path} cannot be written: {error}.") from error
             self._flushed = reached
@@ -196,7 +197,7 @@ class Store:
             )
         verdict = db.execute("PRAGMA quick_check(1)").fetchone()[0]
         if verdict != "ok":
-            raise self._damaged(verdict)
+            raise self._damaged(" ".join(verdict.split()))
 
     def _migrate(self) -> None:
         db = self._connection()
