@@ -238,6 +238,15 @@ def test_deep_nesting_is_refused():
         validate(prompt, TOYS, LISTS)
 
 
+def test_half_characters_are_refused():
+    """They cannot be written as UTF-8, neither into an answer nor into a picture."""
+    prompt = copy.deepcopy(IMAGE_PROMPT)
+    prompt["2"]["inputs"]["prefix"] = "a\ud800"
+
+    with pytest.raises(InvalidPrompt, match="no Unicode"):
+        validate(prompt, TOYS, LISTS)
+
+
 @pytest.mark.parametrize("targets", [["9"], [], ["1"]])
 def test_targets_that_are_no_outputs_are_named(targets):
     with pytest.raises(InvalidPrompt, match="there are: 2"):
@@ -260,8 +269,10 @@ WORDS = st.sampled_from(
     ["1", "2", "class_type", "inputs", "EmptyImage", "SaveToy", "Invert", "images", "image", "width", "_meta", "title"]
 )
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | WORDS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS | st.text(max_size=3), inner, max_size=4),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=5) | WORDS,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(WORDS | st.text(st.characters(), max_size=3), inner, max_size=4)
+    ),
     max_leaves=20,
 )
 NODE = st.fixed_dictionaries(
@@ -274,5 +285,5 @@ NODE = st.fixed_dictionaries(
 def test_nothing_that_json_can_hold_is_more_than_a_refusal(prompt, targets):
     status, answer = _answer(prompt, TOYS, targets)
 
-    assert json.dumps(answer)
+    assert json.dumps(answer, allow_nan=False, ensure_ascii=False).encode()
     assert status == 200 or answer["error"]["type"]

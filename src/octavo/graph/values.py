@@ -3,6 +3,7 @@
 Faults have the form in which ComfyUI answers them, which its web page shows beside the node.
 """
 
+import json
 import math
 from typing import Any, Literal
 
@@ -15,7 +16,18 @@ DEEPEST_TEXT = 200  # letters of a value that an answer repeats
 
 def fault(type: str, message: str, details: str, **extra_info: Any) -> Fault:
     """One entry of `errors` in ComfyUI's answer to a prompt that will not do."""
+    if "received_value" in extra_info:
+        extra_info["received_value"] = _repeatable(extra_info["received_value"])
     return {"type": type, "message": message, "details": details, "extra_info": extra_info}
+
+
+def _repeatable(value: Any) -> Any:
+    """The value as an answer can repeat it: NaN and infinity, which JSON does not have, as texts."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError):
+        return shortened(value)
+    return value
 
 
 def convert(type: str, value: Any) -> Any:

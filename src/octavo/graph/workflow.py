@@ -107,18 +107,22 @@ def validate(
 
 
 def check_depth(given: Any) -> None:
-    """Refuse JSON that is nested deeper than any workflow, which could not even be answered.
+    """Refuse JSON that could not even be answered: nested deeper than any workflow, or with half characters.
 
     Raises:
-        InvalidPrompt: lists or objects lie in more than `DEEPEST` others.
+        InvalidPrompt: lists or objects lie in more than `DEEPEST` others, or a text has a lone surrogate.
     """
-    level = [given] if isinstance(given, Mapping | list) else []
+    level = [given]
     for _ in range(DEEPEST):
+        texts = (each for each in level if isinstance(each, str))
+        if any(not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text) for text in texts):
+            details = "a lone surrogate, half of a character"
+            raise InvalidPrompt(fault("invalid_prompt", "The workflow has text that is no Unicode", details))
         level = [
             inner
             for outer in level
-            for inner in (outer.values() if isinstance(outer, Mapping) else outer)
-            if isinstance(inner, Mapping | list)
+            if isinstance(outer, Mapping | list)
+            for inner in (*outer, *(outer.values() if isinstance(outer, Mapping) else ()))
         ]
         if not level:
             return
