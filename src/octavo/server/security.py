@@ -6,6 +6,7 @@ before the application sees anything of the request.
 
 import base64
 import binascii
+import logging
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from ipaddress import ip_address
@@ -19,6 +20,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from octavo.errors import RequestError
 from octavo.server import problems
 from octavo.server.keys import ANONYMOUS, Caller, Keys
+
+logger = logging.getLogger(__name__)
 
 OPEN_TO_ALL = frozenset({"/health", "/ready"})  # for those who watch over the server; they tell nothing of use
 DEFAULT_PORTS = {"http": "80", "https": "443", "ws": "80", "wss": "443"}
@@ -154,7 +157,7 @@ class SameSite:
 
 def host_name(host: str) -> str:
     """`host` without its port."""
-    if host.startswith("["):
+    if host.startswith("[") and "]" in host:
         return host.partition("]")[0] + "]"
     return host.partition(":")[0]
 
@@ -191,11 +194,16 @@ class Locked:
             return
         keys, path, caller = self._keys, scope["path"], None
         shown = shown_keys(scope)
-        if shown:
+        try:
+            locked = bool(keys)
             # A browser may send an old password beside a good key.
             caller = next((found for key in shown if (found := keys.caller(key))), None)
+        except RequestError as error:
+            logger.error("%s", error)
+            await refuse(scope, receive, send, 503, "keys_unreadable", "The server cannot read its keys; see its log.")
+            return
         unasked = path in OPEN_TO_ALL or self._open_to_all(path) or (self._allow_anonymous and not shown)
-        if caller is None and (not keys or unasked):
+        if caller is None and (not locked or unasked):
             caller = ANONYMOUS
         if caller is None:
             text = "The key is not known here." if shown else "This server wants a key: Authorization: Bearer KEY."
