@@ -53,6 +53,17 @@ def test_a_brownian_step_is_the_sum_of_its_parts() -> None:
     torch.testing.assert_close(whole, parts, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("sigma", [1.0, 0.9999995, 0.5, 0.4999996, 0.1])
+def test_noise_of_steps_closer_than_the_path_is_resolved_is_noise_still(sigma: float) -> None:
+    draw = brownian_noise(torch.zeros(1, 16, 16, 16), 7, [1.0, sigma, sigma - 6e-8, 0.1 - 1e-7, 0.0])
+    assert draw(sigma, sigma - 6e-8).std().item() == pytest.approx(1, abs=0.05)  # 4096 numbers: 1 / sqrt(8192) is 0.011
+
+
+def test_a_run_between_two_levels_closer_than_that_has_noise_as_well() -> None:
+    draw = brownian_noise(torch.zeros(1, 16, 16, 16), 7, [0.5, 0.5 - 6e-8, 0.0])
+    assert draw(0.5, 0.5 - 6e-8).std().item() == pytest.approx(1, abs=0.05)
+
+
 def test_a_brownian_path_does_not_depend_on_the_order_of_reading() -> None:
     steps = [(1.0, 0.7), (0.7, 0.4), (0.7, 0.2), (0.2, 0.1)]
     like, sigmas = torch.zeros(1, 4, 8, 8), [1.0, 0.1, 0.0]

@@ -86,13 +86,20 @@ def brownian_noise(like: Tensor, seed: int, sigmas: Sequence[float]) -> Noise:
     except ImportError as missing:
         raise MissingExtraError("SDE samplers need torchsde; run: pip install torchsde") from missing
     levels = [sigma for sigma in sigmas if sigma > 0]
-    low, high = round(min(levels), _PATH_DIGITS), round(max(levels), _PATH_DIGITS)
-    tree = BrownianTree(low, torch.zeros(like.shape), high, entropy=_checked(seed), tol=10**-_PATH_DIGITS)
+    unit = 10**-_PATH_DIGITS
+    low = round(min(levels), _PATH_DIGITS)
+    high = max(round(max(levels), _PATH_DIGITS), round(low + unit, _PATH_DIGITS))
+    tree = BrownianTree(low, torch.zeros(like.shape), high, entropy=_checked(seed), tol=unit)
 
     def draw(sigma: float, sigma_next: float) -> Tensor:
         # The path's ends are rounded, so a level at an end may lie just beyond it.
-        increment: Tensor = tree(max(sigma_next, low), min(sigma, high))
-        return (-increment / math.sqrt(sigma - sigma_next)).to(like)
+        start, end, length = max(sigma_next, low), min(sigma, high), sigma - sigma_next
+        if length < unit or round(start, _PATH_DIGITS) >= round(end, _PATH_DIGITS):
+            # Closer than the path is resolved: its smallest piece there, lest there be no noise at all.
+            end = min(round(max(end, low + unit), _PATH_DIGITS), high)
+            start, length = max(round(end - unit, _PATH_DIGITS), low), unit
+        increment: Tensor = tree(start, end)
+        return (-increment / math.sqrt(length)).to(like)
 
     return draw
 

@@ -212,6 +212,8 @@ def test_skip_layer_guidance_keeps_its_levels_when_the_shift_is_set_after_it(
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "levels of other models": ({"sigmas": (14.6, 7.0, 0.0)}, "between 0 and 1"),
     "levels that are no numbers": ({"sigmas": (1.0, math.nan, 0.0)}, "between 0 and 1"),
+    "levels that cannot be told from 0": ({"sigmas": (1.0, 1e-7, 0.0)}, "too low"),
+    "more levels than a run can have": ({"sigmas": tuple(1 - k / 11_000 for k in range(11_001))}, "at most 10000"),
     "levels that rise and fall": ({"sigmas": (1.0, 0.3, 0.5, 0.0)}, "one way"),
     "levels that rise, with a sampler that draws": (
         {"sigmas": (0.1, 0.5), "sampler": "euler_ancestral"},

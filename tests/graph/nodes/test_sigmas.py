@@ -94,6 +94,10 @@ def test_laplace_levels_are_quantiles_of_its_distribution() -> None:
         (nodes.beta_sampling_scheduler, {"model": model(), "steps": 4, "alpha": 0.0, "beta": 0.6}),
         (nodes.laplace_scheduler, {"steps": 4, "sigma_max": 0.1, "sigma_min": 0.5, "mu": 0.0, "beta": 0.5}),
         (nodes.set_first_sigma, {"sigmas": (), "sigma": 1.0}),
+        (
+            nodes.extend_intermediate_sigmas,
+            {"sigmas": (0.5,) * 200, "steps": 100, "start_at_sigma": -1.0, "end_at_sigma": 0.0, "spacing": "linear"},
+        ),
     ],
 )
 def test_numbers_without_meaning_are_refused(spec: NodeSpec, inputs: dict[str, Any]) -> None:

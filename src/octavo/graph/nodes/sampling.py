@@ -31,6 +31,9 @@ from octavo.sampling import (
     schedule,
 )
 from octavo.sampling.flow import add_noise, remove_signal_scale, unshift_sigma
+from octavo.sampling.schedule import MOST_STEPS
+
+LOWEST = 1e-6  # level beside 0; some samplers divide by powers of it
 
 _MODULE = "comfy_extras.nodes_custom_sampler"
 _BOTH = (("LATENT", "output"), ("LATENT", "denoised_output"))
@@ -301,8 +304,8 @@ def _walkable(sigmas: Sigmas, sampler: SamplerSpec) -> Sigmas:
     """The levels without those that repeat the one before: a step that leads nowhere is not made.
 
     Raises:
-        RequestError: levels outside of 0 to 1, such as other models have; levels that rise, where the sampler cannot
-            go up; or noise alone at the end.
+        RequestError: levels outside of 0 to 1, such as other models have, or too many of them; levels that rise,
+            where the sampler cannot go up; or noise alone at the end.
     """
     levels = tuple(sigma for sigma, _ in groupby(sigmas))
     for sigma in levels:
@@ -310,6 +313,10 @@ def _walkable(sigmas: Sigmas, sampler: SamplerSpec) -> Sigmas:
             raise RequestError(
                 f"sigma {sigma:g}: SD3.5's noise levels lie between 0 and 1. Set sigma_max to 1, or use BasicScheduler."
             )
+        if 0 < sigma < LOWEST:
+            raise RequestError(f"sigma {sigma:g} is too low to be told from 0; end at 0 or at {LOWEST:g}.")
+    if len(levels) - 1 > MOST_STEPS:
+        raise RequestError(f"The sigmas make {len(levels) - 1} steps; at most {MOST_STEPS} are possible.")
     rises = any(sigma < sigma_next for sigma, sigma_next in pairwise(levels))
     falls = any(sigma > sigma_next for sigma, sigma_next in pairwise(levels))
     if rises and falls:

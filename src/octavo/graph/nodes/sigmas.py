@@ -15,7 +15,7 @@ from octavo.graph.context import Context
 from octavo.graph.nodes.types import ModelLink, Sigmas
 from octavo.graph.spec import BOOLEAN, COMBO, FLOAT, INT, LINK, NodeSpec, node
 from octavo.sampling import SCHEDULES, percent_to_sigma, schedule
-from octavo.sampling.schedule import beta_quantiles, lowest
+from octavo.sampling.schedule import MOST_STEPS, beta_quantiles, lowest
 
 _MODULE = "comfy_extras.nodes_custom_sampler"
 _SCHEDULERS = "sampling/custom_sampling/schedulers"
@@ -243,7 +243,14 @@ def extend_intermediate_sigmas(
     """Steps that begin between `start_at_sigma` (below 0: anywhere) and `end_at_sigma` are cut into `steps`.
 
     `spacing` says how they are cut: evenly, first wide and then narrow (cosine), or the other way round (sine).
+
+    Raises:
+        RequestError: more steps than a run can have.
     """
+    if (len(sigmas) - 1) * steps > MOST_STEPS:
+        raise RequestError(
+            f"steps {steps}: there would be up to {(len(sigmas) - 1) * steps} levels; {MOST_STEPS} will do."
+        )
     highest = start_at_sigma if start_at_sigma >= 0 else math.inf
     shares = [k / steps for k in range(1, steps)]
     if spacing == "cosine":
