@@ -264,7 +264,8 @@ def test_a_picture_to_start_from_is_told_by_its_name_only(runner: Runner, tmp_pa
         ({"request": {"prompt": "x", "sampler": "eular"}}, RequestError), ({"model": "no-such"}, ModelNotFoundError),
         ({"format": "gif"}, RequestError), ({"format": 3}, RequestError), ({"preview_every": -1}, RequestError),
         ({"preview_every": "often"}, RequestError), ({"prefix": "../up"}, RequestError),
-        ({"prefix": "a/b"}, RequestError), ({"prefix": ".hidden"}, RequestError), ({"prefix": ""}, RequestError), ({"prefix": "x\n"}, RequestError),
+        ({"prefix": "a/b"}, RequestError), ({"prefix": ".hidden"}, RequestError), ({"prefix": ""}, RequestError),
+        ({"prefix": "x\n"}, RequestError),
     ],
 )  # fmt: skip
 def test_payloads_that_cannot_be_meant_are_refused(
