@@ -93,7 +93,7 @@ async def draw(wish: Wish, request: Request, state: TheState) -> JobView:
         stored = await asyncio.to_thread(
             state.service.submit,
             "generate",
-            {"request": settings, "model": model},
+            {"request": settings, "model": model, "format": "png"},
             client=caller.name,
             priority=caller.priority,
             deadline=jobs.deadline_of(request, state.settings.job_timeout),

@@ -45,9 +45,7 @@ function suit() {
   for (const name of ["width", "height", "steps", "guidance_scale", "shift"]) field(name).value = now.preset[name];
   for (const name of ["sampler", "schedule"]) field(name).value = now.preset[name];
   for (const side of ["width", "height"]) field(side).max = now.max_side;
-  const words = $("words");
-  words.hidden = !now.words;
-  words.textContent = now.words ? `This small model knows: ${now.words}` : "";
+  field("prompt").title = now.words ? `Words that this small model knows: ${now.words}` : "";
   about();
 }
 
@@ -104,14 +102,16 @@ function settings() {
 
 async function draw(asked, other) {
   if (other && !asked.seed) asked.seed = String(crypto.getRandomValues(new Uint32Array(1))[0]);
-  const first = await send("octavo/jobs", asked);
-  take(first);
+  const first = accepted(await send("octavo/jobs", asked));
   if (other) {
-    const second = await send("octavo/jobs", { ...asked, model: other });
-    pairs.set(first.id, second.id);
-    take(second);
+    pairs.set(first.id, accepted(await send("octavo/jobs", { ...asked, model: other })).id);
   }
   stage({ job: first.id });
+}
+
+// Its events may have come before the answer, and then know more.
+function accepted(told) {
+  return jobs.get(told.id) || take(told);
 }
 
 form.onsubmit = async (event) => {
@@ -156,7 +156,7 @@ drop.ondragleave = () => drop.classList.remove("over");
 drop.ondrop = (event) => (event.preventDefault(), drop.classList.remove("over"), upload(event.dataTransfer.files[0]));
 
 function useThese(used) {
-  field("model").value = used.model ?? field("model").value;
+  field("model").value = models.find((each) => each.called === used.model)?.name ?? field("model").value;
   about();
   for (const name of ["prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "sampler", "schedule", "shift", "seed"])
     if (used[name] !== undefined) field(name).value = used[name];
@@ -215,7 +215,7 @@ function paintAbout(job, finished, other) {
   const act = (textContent, onclick) => acts.append(Object.assign(document.createElement("button"), { textContent, onclick, type: "button" }));
   act("Use these", () => useThese(used));
   act("Start from this", async () => upload(await (await ask(finished.url)).blob()));
-  for (const each of models.filter((one) => one.name !== used.model).slice(0, 3))
+  for (const each of models.filter((one) => one.called !== used.model).slice(0, 3))
     act(`Compare with ${each.title}`, () => compare(job, used, each.name));
   acts.append(Object.assign(document.createElement("a"), { textContent: "Save", href: finished.url, download: finished.name }));
   $("about").append(...lines, acts);
@@ -224,9 +224,7 @@ function paintAbout(job, finished, other) {
 async function compare(job, used, name) {
   const { version, model, image, mask, ...same } = used; // pictures to start from are not kept
   try {
-    const second = await send("octavo/jobs", { ...same, seed: String(used.seed), batch: 1, model: name });
-    pairs.set(job.id, second.id);
-    take(second);
+    pairs.set(job.id, accepted(await send("octavo/jobs", { ...same, seed: String(used.seed), batch: 1, model: name })).id);
     stage({ job: job.id, picture: shown.picture });
   } catch (error) {
     trouble(error.message);
@@ -235,7 +233,7 @@ async function compare(job, used, name) {
 
 function slider(left, leftPicture, right, rightPicture) {
   const box = Object.assign(document.createElement("div"), { className: "compare" });
-  const label = (job, used) => Object.assign(document.createElement("b"), { textContent: models.find((each) => each.name === used.model)?.title || used.model });
+  const label = (job, used) => Object.assign(document.createElement("b"), { textContent: models.find((each) => each.called === used.model)?.title || used.model });
   const range = Object.assign(document.createElement("input"), { type: "range", min: 0, max: 100, step: 0.1, value: 50 });
   range.setAttribute("aria-label", "How much of each picture is seen");
   range.oninput = () => box.style.setProperty("--at", `${range.value}%`);
@@ -309,6 +307,7 @@ const onEvent = {
     if (!job || job.over) return;
     if (now.stage) job.stage = now.stage;
     if (now.max !== undefined) job.progress = now;
+    job.state = "running";
     paintQueue();
     if (shown?.job === id || pairs.get(shown?.job) === id) paintProgress(job);
   },

@@ -45,6 +45,7 @@ class JobView(BaseModel):
 
 class ModelView(BaseModel):
     name: str
+    called: str  # in the settings of its pictures
     title: str
     about: str
     embedded: bool
@@ -96,6 +97,7 @@ def _model_view(state: State, name: str) -> ModelView:
     fp8 = f", {components.mmdit.fp8_linears} of {components.mmdit.linears} linears in FP8"
     return ModelView(
         name=name,
+        called=components.name,
         title=f"{components.name}{' · FP8' if components.mmdit.fp8_linears else ''}",
         about=f"{preset.name}{fp8 if components.mmdit.fp8_linears else ''}. {said.get('octavo.domain', '')}".strip(),
         embedded=components.embedded,

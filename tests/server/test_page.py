@@ -1,0 +1,261 @@
+"""The page's routes, and the page itself in a browser."""
+
+import io
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from tests.server.conftest import Live, MakeServer, until
+
+SETTINGS = {"prompt": "a red star", "seed": 7, "width": 64, "height": 96, "steps": 3}
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+# A preview may be gone before anyone can ask for it.
+WATCH_FOR_PREVIEWS = """() => {
+  window.previews = 0;
+  const look = () => { window.previews += document.querySelectorAll("#frame img.unfinished").length };
+  new MutationObserver(look).observe(document.getElementById("frame"), { childList: true });
+}"""
+
+
+def ended(server: TestClient, id: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+
+    def over() -> bool:
+        found.update(server.get(f"/octavo/jobs/{id}").json())
+        return bool(found["over"])
+
+    until(over, "the job ends")
+    return found
+
+
+def ask(server: TestClient, **more: Any) -> dict[str, Any]:
+    answer = server.post("/octavo/jobs", json={**SETTINGS, **more})
+    assert answer.status_code == 201, answer.text
+    told: dict[str, Any] = answer.json()
+    return told
+
+
+def test_the_page_is_its_own_files_and_runs_no_other_script(server: TestClient) -> None:
+    page = server.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "'unsafe-inline'" not in page.headers["content-security-policy"]
+    assert "<style" not in page.text
+    assert "script>" not in page.text.replace("></script>", "")
+    for name, kind in (("page.js", "text/javascript"), ("page.css", "text/css"), ("icon.svg", "image/svg+xml")):
+        answer = server.get(f"/page/{name}")
+        assert answer.headers["content-type"].startswith(kind)
+        assert f"page/{name}" in page.text
+    assert server.get("/page/api.py").status_code == 404
+
+
+def test_models_come_with_the_settings_that_suit_them(server: TestClient) -> None:
+    told = server.get("/octavo/models").json()
+    by_name = {each["name"]: each for each in told["models"]}
+    assert told["default"] == "octavo-demo.safetensors"
+    assert set(by_name) == {"octavo-demo.safetensors", "octavo-demo-fp8.safetensors"}
+    assert by_name["octavo-demo.safetensors"]["preset"]["width"] == 128
+    assert "FP8" in by_name["octavo-demo-fp8.safetensors"]["title"]
+    assert "euler" in told["samplers"]
+    assert "simple" in told["schedules"]
+
+
+def test_what_is_asked_is_drawn_listed_and_shown(server: TestClient) -> None:
+    job = ended(server, ask(server, batch=2)["id"])
+    assert job["state"] == "done"
+    assert [each["settings"]["seed"] for each in job["pictures"]] == [7, 8]
+    image = Image.open(io.BytesIO(server.get(f"/{job['pictures'][1]['url']}").content))
+    assert image.size == (64, 96)
+    listed = server.get("/octavo/jobs").json()
+    assert listed["total"] == 1
+    assert listed["jobs"][0]["settings"]["steps"] == 3
+
+
+def test_jobs_come_in_pages_the_newest_first_and_can_be_forgotten(server: TestClient) -> None:
+    ids = [ask(server, seed=seed)["id"] for seed in range(3)]
+    for id in ids:
+        ended(server, id)
+    page = server.get("/octavo/jobs", params={"limit": 2, "offset": 1}).json()
+    assert [each["id"] for each in page["jobs"]] == [ids[1], ids[0]]
+    assert server.delete(f"/octavo/jobs/{ids[0]}").status_code == 200
+    assert server.get(f"/octavo/jobs/{ids[0]}").status_code == 404
+
+
+def test_a_running_job_is_cancelled(server: TestClient) -> None:
+    id = ask(server, prompt="slow 500")["id"]
+    until(lambda: server.get(f"/octavo/jobs/{id}").json()["state"] == "running", "the job runs")
+    server.delete(f"/octavo/jobs/{id}")
+    assert ended(server, id)["state"] == "cancelled"
+
+
+def test_a_picture_that_was_sent_is_one_to_start_from(server: TestClient) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(buffer, "PNG")
+    name = server.post("/octavo/pictures", content=buffer.getvalue()).json()["name"]
+    told = ask(server, image=name, denoise=0.5)
+    assert told["settings"]["image"] == name  # and not where it lies
+    job = ended(server, told["id"])
+    assert job["state"] == "done", job["error"]
+
+
+@pytest.mark.parametrize(
+    ("wish", "status", "word"),
+    [
+        ({"prompt": " "}, 400, "prompt is empty"),
+        ({"width": 100}, 400, "multiple of 16"),
+        ({"width": 512}, 400, "too large"),
+        ({"sampler": "eular"}, 400, "euler"),
+        ({"model": "octavo-dmeo"}, 404, "no model"),
+        ({"model": "/etc/passwd"}, 404, "no model"),
+        ({"image": "../keys.json"}, 400, "no name of a file"),
+        ({"image": "absent.png"}, 400, "no picture"),
+        ({"batch": 65}, 422, "batch"),
+        ({"sede": 1}, 422, "sede"),
+    ],
+)
+def test_wishes_that_cannot_be_met_are_refused_at_once(
+    server: TestClient, wish: dict[str, Any], status: int, word: str
+) -> None:
+    answer = server.post("/octavo/jobs", json={**SETTINGS, **wish})
+    assert answer.status_code == status, answer.text
+    assert word in answer.text
+    assert server.get("/octavo/jobs").json()["total"] == 0
+
+
+@pytest.mark.parametrize("name", ["../data/queue.sqlite3", "%2e%2e/data/keys.json", "absent.png", "notes.txt"])
+def test_only_pictures_of_the_output_folder_are_shown(server: TestClient, name: str) -> None:
+    assert server.get(f"/octavo/pictures/{name}").status_code in (400, 404)
+
+
+def test_what_is_no_picture_is_not_taken(server: TestClient) -> None:
+    assert server.post("/octavo/pictures", content=b"GIF89a").status_code == 400
+
+
+def test_the_same_wish_sent_twice_under_one_key_is_drawn_once(server: TestClient) -> None:
+    wish = {key: value for key, value in SETTINGS.items() if key != "seed"}
+    first, second = (
+        server.post("/octavo/jobs", json=wish, headers={"Idempotency-Key": "mine"}).json()["id"] for _ in range(2)
+    )
+    assert first == second
+
+
+def test_callers_see_their_own_jobs_only(make_server: MakeServer) -> None:
+    one, other = {"X-API-Key": "one-" * 5}, {"X-API-Key": "other-" * 5}
+    server = make_server(api_keys=(one["X-API-Key"], other["X-API-Key"]))
+    assert server.get("/").status_code == 401
+    id = server.post("/octavo/jobs", json=SETTINGS, headers=one).json()["id"]
+    assert server.get(f"/octavo/jobs/{id}", headers=one).status_code == 200
+    assert server.get(f"/octavo/jobs/{id}", headers=other).status_code == 404
+    assert server.get("/octavo/jobs", headers=other).json()["jobs"] == []
+
+
+def test_events_tell_of_state_progress_previews_and_the_end(live: Live) -> None:
+    told: list[tuple[str, dict[str, Any]]] = []
+    listening = threading.Event()
+
+    def listen() -> None:
+        with httpx.stream("GET", f"{live.url}/octavo/events", timeout=20) as answer:
+            type = ""
+            for line in answer.iter_lines():
+                listening.set()
+                if line.startswith("event: "):
+                    type = line[7:]
+                elif line.startswith("data: "):
+                    told.append((type, json.loads(line[6:])))
+                    if type == "job" and told[-1][1]["over"]:
+                        return
+
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    assert listening.wait(10)
+    httpx.post(f"{live.url}/octavo/jobs", json={**SETTINGS, "prompt": "slow 5"})
+    thread.join(20)
+    assert not thread.is_alive()
+    types = [type for type, _ in told]
+    assert types[0] == "state"
+    assert {"job", "progress", "preview"} <= set(types)
+    assert told[-1][1]["pictures"]
+    assert [data["value"] for type, data in told if type == "progress" and "value" in data] == [1, 2, 3, 4, 5]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_a_picture_is_drawn_used_again_and_compared_in_a_browser(
+    browser: Any, live_model: Live, width: int, scheme: str
+) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
+    troubles: list[str] = []
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
+    page.goto(live_model.url)
+    page.wait_for_selector("select[name=model] option", state="attached")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+    # Draw, with a preview on the way
+    prompt = f"a large red star on a {'blue' if scheme == 'light' else 'white'} background"
+    page.fill("[name=prompt]", prompt)
+    page.fill("[name=seed]", "5")
+    page.fill("[name=steps]", "60")
+    page.evaluate(WATCH_FOR_PREVIEWS)
+    page.click("button.main")
+    page.wait_for_selector("#frame img:not(.unfinished)")
+    assert page.evaluate("window.previews") > 0
+    assert "60 steps" in page.inner_text("#about")
+    assert "seed 5" in page.inner_text("#about")
+    assert page.eval_on_selector("#frame img", "(image) => image.decode().then(() => image.naturalWidth)") == 128
+
+    # Use these
+    page.fill("[name=prompt]", "something else")
+    page.fill("[name=steps]", "10")
+    page.click("text=Use these")
+    assert page.input_value("[name=prompt]") == prompt
+    assert page.input_value("[name=steps]") == "60"
+    assert page.input_value("[name=seed]") == "5"
+
+    # The other model under the slider
+    page.click("text=Compare with octavo-demo-fp8")
+    page.wait_for_selector("#frame .compare input")
+    labels = page.locator("#frame .compare b").all_inner_texts()
+    assert labels == ["octavo-demo", "octavo-demo-fp8 · FP8"]
+    page.fill("#frame .compare input", "80")
+    assert page.eval_on_selector(".compare", "(box) => box.style.getPropertyValue('--at')") == "80%"
+
+    # Cancel
+    page.fill("[name=prompt]", "a blue circle on a white background")
+    page.eval_on_selector("[name=steps]", "(field) => { field.max = 1000; field.value = 1000 }")
+    page.click("button.main")
+    page.click("#queue button:has-text('Cancel')")
+    page.wait_for_selector("#queue li", state="detached")
+
+    # What was drawn is there when the page is opened again
+    page.reload()
+    page.wait_for_selector("#gallery button")
+    assert page.locator(f"#gallery button[title='{prompt}']").count() == 2
+    assert troubles == []
+    page.close()
