@@ -1,6 +1,7 @@
 """Recorded answers of ComfyUI, and what makes an answer of ours equal to one: status, type, keys, kinds of values."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from io import BytesIO
 from typing import Any
@@ -14,6 +15,8 @@ from tests.goldens import golden
 HOST = "http://127.0.0.1:8188"  # of the servers in `tests/server/conftest.py`
 RECORDED_HOST = "http://127.0.0.1:8199"
 MODELS = {"sd35_tiny.safetensors": "octavo-demo.safetensors"}  # the recording's model, and ours in its place
+
+UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 Exchange = dict[str, Any]
 
@@ -75,16 +78,24 @@ def shape_differences(recorded: Any, given: Any, where: str) -> Iterator[str] | 
             return []
         if not isinstance(given, dict):
             return [f"{where or '/'} is {kind(given)}, not an object"]
+        recorded, given = without_ids(recorded), without_ids(given)
         if set(given) != set(recorded):
             return [f"{where or '/'} has the keys {sorted(given)}, not {sorted(recorded)}"]
         return [each for key in recorded for each in shape_differences(recorded[key], given[key], f"{where}/{key}")]
     if kind(given) != kind(recorded):
         return [f"{where} is {given!r:.80}, not {recorded!r:.80}"]
+    if where.endswith("/errors"):  # ComfyUI's are in no order
+        recorded, given = ([*sorted(each, key=lambda fault: fault["details"])] for each in (recorded, given))
     if isinstance(recorded, list) and recorded and given:
         return list(shape_differences(recorded[0], given[0], f"{where}/0"))
     if where.endswith(("/type", "/status_str", "/mediaType")) and given != recorded:
         return [f"{where} is {given!r}, not {recorded!r}"]
     return []
+
+
+def without_ids(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The same object; where its keys are ids of prompts, these are numbered."""
+    return {f"id {n}" if UUID.fullmatch(key) else key: each for n, (key, each) in enumerate(value.items())}
 
 
 def kind(value: Any) -> str:
