@@ -106,6 +106,7 @@ def open_image(path: str | os.PathLike[str], *, max_pixels: int | None = None) -
     try:
         image = Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"))
         if max_pixels is not None and image.width * image.height > max_pixels:
+            image.close()
             raise RequestError(
                 f"{path.name} is {image.width}x{image.height} and so has {image.width * image.height:,} pixels; "
                 f"{max_pixels:,} are the most. Make it smaller."

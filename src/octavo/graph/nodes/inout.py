@@ -206,8 +206,9 @@ def load_image_output(context: Context, image: str) -> tuple[Tensor, Tensor]:
 )
 def load_image_mask(context: Context, image: str, channel: str) -> tuple[Tensor]:
     context.check()
-    picture = ImageOps.exif_transpose(_opened(context, image))
-    plane = _plane(_eight_bits(picture).convert("RGBA"), channel[0].upper())
+    with _opened(context, image) as picture:
+        upright = _eight_bits(ImageOps.exif_transpose(picture)).convert("RGBA")
+    plane = _plane(upright, channel[0].upper())
     return ((1 - plane if channel == "alpha" else plane).unsqueeze(0),)
 
 
@@ -218,16 +219,20 @@ def _loaded(context: Context, name: str) -> tuple[Tensor, Tensor]:
     """
     most = _most(context)
     pictures, masks = list[Tensor](), list[Tensor | None]()
-    for frame in _frames(_opened(context, name), name, most):
-        context.check()
-        upright = _eight_bits(ImageOps.exif_transpose(frame))
-        picture = _tensor(upright.convert("RGB"))
-        if pictures and picture.shape != pictures[0].shape:
-            continue  # a thumbnail among the pages
-        if (len(pictures) + 1) * picture[..., 0].numel() > most:
-            raise RequestError(f"{name} has so many frames that they have more than {most:,} pixels together.")
-        pictures.append(picture)
-        masks.append(1 - _plane(upright.convert("RGBA"), "A") if upright.has_transparency_data else None)
+    with _opened(context, name) as image:
+        for frame in _frames(image, name, most):
+            context.check()
+            upright = _eight_bits(ImageOps.exif_transpose(frame))
+            transparent = upright.has_transparency_data
+            if transparent:
+                upright = upright.convert("RGBA")
+            picture = _tensor(upright.convert("RGB"))
+            if pictures and picture.shape != pictures[0].shape:
+                continue  # a thumbnail among the pages
+            if (len(pictures) + 1) * picture[..., 0].numel() > most:
+                raise RequestError(f"{name} has so many frames that they have more than {most:,} pixels together.")
+            pictures.append(picture)
+            masks.append(1 - _plane(upright, "A") if transparent else None)
     size = pictures[0].shape[:2] if any(mask is not None for mask in masks) else (NO_ALPHA, NO_ALPHA)
     return torch.stack(pictures), torch.stack([torch.zeros(size) if mask is None else mask for mask in masks])
 
