@@ -23,6 +23,7 @@ from octavo.errors import OctavoError
 from octavo.server.hub import Hub
 from octavo.server.keys import Keys
 from octavo.server.links import Links
+from octavo.server.pictures import forget_uploads
 from octavo.server.problems import Refused
 from octavo.server.settings import Settings
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PATIENCE = 60.0  # seconds that a request waits for the imports
+TIDYING = 3600.0  # seconds between looks at what is not needed any more
 STOPPING = 10.0  # seconds that work under way has to end when the server stops
 
 
@@ -97,6 +99,7 @@ class State:
         self._started, self._ready = asyncio.Event(), asyncio.Event()
         self._turn = threading.Lock()  # whoever brings the server up or down
         self._stopping = False
+        self._left = threading.Event()
 
     # What needs torch
 
@@ -180,12 +183,29 @@ class State:
         except OctavoError as problem:
             self._give_up(problem)
         except Exception as fault:
-            logger.exception("The server cannot start")
+            if not self._stopping:
+                logger.exception("The server cannot start")
             self._give_up(OctavoError(f"{type(fault).__name__}: {fault}"))
         self._tell(self._started)
         self._tell(self._ready)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Now and then, delete uploads that no job needs any more; until the server stops."""
+        while self.problem is None:
+            try:
+                jobs = [*self.queue.pending(), *self.queue.running()]
+                forget_uploads(self.settings.uploads, [job.payload for job in jobs])
+            except (OSError, OctavoError) as error:
+                if not self._stopping:
+                    logger.warning("Uploads cannot be tidied: %s", error)
+            if self._left.wait(TIDYING):
+                return
 
     def _give_up(self, problem: OctavoError) -> None:
+        if self._stopping:
+            # Whatever was under way has lost its ground; that is no failure.
+            return
         self.stage, self.problem = "failed", problem
         self._call(lambda: self.failed())
 
@@ -207,6 +227,7 @@ class State:
     def _shut_down(self) -> None:
         with self._turn:
             self._stopping = True
+        self._left.set()
         self.service.stop(STOPPING)
         if self._works is not None:
             self._works.close()
