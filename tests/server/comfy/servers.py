@@ -49,6 +49,12 @@ def state_of(server: TestClient) -> State:
     return state
 
 
+def ready(server: TestClient) -> TestClient:
+    """The server, once it is up."""
+    until(lambda: state_of(server).is_ready, "the server is ready")
+    return server
+
+
 def until_idle(server: TestClient) -> None:
     """Wait until nothing is queued or runs."""
     until(lambda: sum(state_of(server).queue.depth().values()) == 0, "the queue is empty")

@@ -3,6 +3,8 @@
 Everybody sees the whole queue, as in ComfyUI; with API keys, each takes back only what came with its own.
 """
 
+import hashlib
+import json
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -150,6 +152,7 @@ def _submit(request: Request, state: State, id: str, payload: dict[str, Any], pl
         priority=caller.priority,
         deadline=deadline_of(request, state.settings.job_timeout),
         idempotency_key=idempotency_key(request),
+        fingerprint=_fingerprint(payload),
         **place,
     )
 
@@ -165,6 +168,13 @@ def _payload(
         "targets": targets,
         "outputs": list(workflow.outputs),
     }
+
+
+def _fingerprint(payload: dict[str, Any]) -> str:
+    """What two requests under one `Idempotency-Key` must have in common: all but the time they came at."""
+    extra_data = {key: value for key, value in payload["extra_data"].items() if key != "create_time"}
+    text = json.dumps([payload["prompt"], payload["targets"], extra_data], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _extra_data(body: dict[str, Any], client: str | None) -> dict[str, Any]:
