@@ -159,7 +159,7 @@ class AgainstModel(RuleBasedStateMachine):
             job.files.clear()
             way = "end_cancelled" if job.cancelling else way
         job.state = {"finish": "done", "fail": "failed", "end_cancelled": "cancelled", "requeue": "queued"}[way]
-        job.cancelling = False
+        job.cancelling = job.left = False
         assert ended.state == job.state
 
     @rule(id=known)

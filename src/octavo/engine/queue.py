@@ -25,7 +25,7 @@ from typing import Any, Literal, Unpack
 
 from octavo.engine import noted
 from octavo.engine.jobs import Options, Order, State, Stored, to_json
-from octavo.engine.records import Records, forget_oldest, matching, row_of
+from octavo.engine.records import Records, forget_oldest, matching, row_of, running_row
 from octavo.engine.shares import Shares
 from octavo.engine.store import Store
 from octavo.errors import ConflictError, JobError, QueueFullError, RequestError
@@ -152,7 +152,8 @@ class Queue(Records):
                 heads = db.execute(
                     f"SELECT client, seq FROM (SELECT client, seq, ROW_NUMBER() OVER (PARTITION BY client"
                     f" ORDER BY number, seq) AS place FROM jobs WHERE {may_run}"
-                    f" AND priority = (SELECT MAX(priority) FROM jobs WHERE {may_run})) WHERE place = 1",
+                    f" AND priority = (SELECT priority FROM jobs INDEXED BY jobs_queued WHERE {may_run}"
+                    f" ORDER BY priority DESC LIMIT 1)) WHERE place = 1",
                     (now, now),
                 ).fetchall()
                 if not heads:
@@ -178,7 +179,7 @@ class Queue(Records):
             JobError: the request is not running.
         """
         with self._store.transaction() as db:
-            row = _running(db, id)
+            row = running_row(db, id)
             if row is None:
                 raise JobError(f"The request {id} is not running; it may make no file.")
             noted.note(db, row["seq"], path)
@@ -211,7 +212,7 @@ class Queue(Records):
         One that was being cancelled is cancelled instead.
         """
         with self._store.transaction() as db:
-            row = _running(db, id)
+            row = running_row(db, id)
             if row is None:
                 return None
             noted.remove(db, row["seq"])
@@ -363,7 +364,7 @@ class Queue(Records):
         error: Mapping[str, Any] | None = None,
     ) -> Stored | None:
         with self._store.transaction() as db:
-            row = _running(db, id)
+            row = running_row(db, id)
             if row is None:
                 return None
             self._close(db, row["seq"], state, result=result, error=error)
@@ -395,10 +396,3 @@ class Queue(Records):
                 seq,
             ),
         )
-
-
-def _running(db: sqlite3.Connection, id: str) -> sqlite3.Row | None:
-    row: sqlite3.Row | None = db.execute(
-        "SELECT seq, client, started, cancelling FROM jobs WHERE id = ? AND state = 'running'", (id,)
-    ).fetchone()
-    return row

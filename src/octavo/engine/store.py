@@ -25,14 +25,14 @@ flush = getattr(os, "fdatasync", os.fsync)  # as SQLite does: a file's times nee
 WRITER_PATIENCE = 5.0  # seconds that another program, such as a database browser, may hold the file's write lock
 
 # Each entry leads from one version of the tables to the next; `user_version` in the file counts those done. An entry
-# that was released is never edited: what changes is added below it.
+# that was released is never edited: what changes is added below it. Long texts are a row's last columns, for SQLite
+# reads a row from the front; indices hold all that claiming and counting need.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         """CREATE TABLE jobs (
             seq INTEGER PRIMARY KEY AUTOINCREMENT,
             id TEXT NOT NULL UNIQUE,
             kind TEXT NOT NULL,
-            payload TEXT NOT NULL,
             client TEXT NOT NULL,
             api TEXT NOT NULL,
             state TEXT NOT NULL,
@@ -43,17 +43,19 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             finished REAL,
             deadline REAL,
             attempts INTEGER NOT NULL DEFAULT 0,
-            result TEXT,
-            error TEXT,
             session TEXT,
             cancelling INTEGER NOT NULL DEFAULT 0,
             idempotency_key TEXT,
-            fingerprint TEXT
+            fingerprint TEXT,
+            payload TEXT NOT NULL,
+            result TEXT,
+            error TEXT
         )""",
         "CREATE UNIQUE INDEX jobs_key ON jobs (client, idempotency_key) WHERE idempotency_key IS NOT NULL",
-        "CREATE INDEX jobs_queued ON jobs (priority, client, number, seq) WHERE state = 'queued'",
+        "CREATE INDEX jobs_queued ON jobs (priority, client, number, seq, deadline, attempts) WHERE state = 'queued'",
         "CREATE INDEX jobs_running ON jobs (started) WHERE state = 'running'",
         "CREATE INDEX jobs_over ON jobs (finished, seq) WHERE finished IS NOT NULL",
+        "CREATE INDEX jobs_state ON jobs (state, kind, client)",
         "CREATE TABLE files (path BLOB PRIMARY KEY, job INTEGER NOT NULL)",
         "CREATE INDEX files_job ON files (job)",
         "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
