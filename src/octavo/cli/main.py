@@ -15,6 +15,7 @@ from octavo.cli import convert as converting
 from octavo.cli import evaluate as evaluating
 from octavo.cli import quantize as quantizing
 from octavo.cli import recipes as cooking
+from octavo.cli import run as running
 from octavo.cli import serve as serving
 from octavo.cli.arithmetic import plain_words
 from octavo.cli.generate import EPILOG, generate
@@ -35,6 +36,7 @@ app = typer.Typer(
     name="octavo", help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich"
 )
 app.command(epilog=EPILOG)(generate)
+app.command(epilog=running.EPILOG)(running.run)
 app.command(epilog=evaluating.EPILOG)(evaluating.evaluate)
 app.command(epilog=comparing.EPILOG)(comparing.compare)
 app.command(epilog=converting.EPILOG)(converting.convert)
