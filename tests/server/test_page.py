@@ -16,7 +16,7 @@ from tests.server.conftest import Live, MakeServer, until
 
 SETTINGS = {"prompt": "a red star", "seed": 7, "width": 64, "height": 96, "steps": 3}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
+FLAGS = (
     "--no-sandbox",
     "--disable-gpu",
     "--disable-quic",
@@ -24,7 +24,7 @@ FLAGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
-]
+)
 
 # A preview may be gone before anyone can ask for it.
 WATCH_FOR_PREVIEWS = """() => {
@@ -200,7 +200,7 @@ def browser() -> Iterator[Any]:
         pytest.skip("there is no Chromium")
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
         yield browser
         browser.close()
 
@@ -222,13 +222,15 @@ def test_a_picture_is_drawn_used_again_and_compared_in_a_browser(
     page.fill("[name=prompt]", prompt)
     page.fill("[name=seed]", "5")
     page.fill("[name=steps]", "60")
+    for side in ("width", "height"):
+        page.fill(f"[name={side}]", "256")
     page.evaluate(WATCH_FOR_PREVIEWS)
     page.click("button.main")
-    page.wait_for_selector("#frame img:not(.unfinished)")
+    page.wait_for_selector(f"#frame img[alt='{prompt}']")
     assert page.evaluate("window.previews") > 0
     assert "60 steps" in page.inner_text("#about")
     assert "seed 5" in page.inner_text("#about")
-    assert page.eval_on_selector("#frame img", "(image) => image.decode().then(() => image.naturalWidth)") == 128
+    assert page.eval_on_selector("#frame img", "(image) => image.decode().then(() => image.naturalWidth)") == 256
 
     # Use these
     page.fill("[name=prompt]", "something else")
