@@ -252,15 +252,17 @@ async def socket(websocket: WebSocket) -> None:
         return
     await websocket.accept()
     reader = clients.join(client)
-    sending = asyncio.create_task(_send(websocket, reader))
-    listening = asyncio.create_task(_listen(websocket, clients, reader))
+    both = [asyncio.create_task(_send(websocket, reader)), asyncio.create_task(_listen(websocket, clients, reader))]
     try:
-        await asyncio.wait((sending, listening), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
     finally:
         clients.leave(reader)
-        for task in (sending, listening):
+        for task in both:
             task.cancel()
-        await asyncio.gather(sending, listening, return_exceptions=True)
+        await asyncio.wait(both)
+    for task in both:
+        if not task.cancelled():
+            task.result()  # a fault of ours goes on to the log
 
 
 async def _send(websocket: WebSocket, reader: Reader) -> None:
