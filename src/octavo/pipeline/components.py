@@ -105,6 +105,11 @@ class Part(Generic[M]):
         """Whether its weights are in memory."""
         return self._model is not None
 
+    @property
+    def in_memory(self) -> M | None:
+        """The model, if its weights are in memory."""
+        return self._model
+
     def __call__(self) -> M:
         """The model, loaded."""
         with self._loading:

@@ -20,7 +20,7 @@ def load(settings: Settings, metrics: Metrics) -> Works:
     shelf = Shelf(LoadSettings(models_dir=settings.models_dir, **loading))
     components = shelf.components(settings.model)
     batcher = Batcher(metrics=metrics, relief=shelf.free)
-    metrics.watch_fp8(lambda: fp8_layers(part() for part in shelf.loaded))
+    metrics.watch_fp8(lambda: fp8_layers(model for part in shelf.loaded if (model := part.in_memory) is not None))
 
     def warm_up() -> None:
         """Read the weights of the server's own model, so that the first request need not wait for them."""
