@@ -343,7 +343,7 @@ def _fitting(name: str, spec: NodeSpec, value: Any) -> Any:
     wanted = spec.inputs[name]
     if not wanted.is_widget:
         return value
-    value, wrong = check_value(name, wanted, value, None, None)
+    value, wrong = check_value(name, wanted, value)
     if wrong is not None:
         raise RequestError(f"{name}: {wrong['message']} ({wrong['details']}).")
     return value

@@ -179,7 +179,7 @@ def graph_runner(workshop: Workshop, *, preview_interval: float = PREVIEW_INTERV
         extra_data = payload.get("extra_data")
         extra_data = extra_data if isinstance(extra_data, Mapping) else {}
         pnginfo = extra_data.get("extra_pnginfo")
-        workflow = workshop.validate(payload["prompt"], payload.get("targets"))
+        workflow = workshop.validate(payload.get("prompt"), payload.get("targets"))
         wanted = payload.get("client_id") is not None and extra_data.get("preview_method") != "none"
         return run_prompt(
             workshop,

@@ -5,6 +5,7 @@ Faults have the form in which ComfyUI answers them, which its web page shows bes
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 from octavo.graph.spec import Input, Lists
@@ -66,18 +67,24 @@ def _yes_or_no(value: Any) -> bool:
     return bool(value)
 
 
-def check(name: str, wanted: Input, value: Any, lists: Lists | None, config: Any) -> tuple[Any, Fault | None]:
+def check(
+    name: str, wanted: Input, value: Any, lists: Lists | None = None, *, classic: bool = True
+) -> tuple[Any, Fault | None]:
     """Convert `value` for the input `name`, and look whether it will do.
 
     Args:
         wanted: the input's declaration.
         lists: what a COMBO of files offers; None where it cannot be asked, so that only fixed choices are checked.
-        config: the input's entry of `/object_info`, which answers repeat.
+        classic: how the node is described in `/object_info`, of which answers repeat the input's entry.
 
     Returns:
         The converted value, and what is wrong with it if anything is.
     """
-    about: dict[str, Any] = {"input_name": name, "input_config": config}
+
+    def about() -> dict[str, Any]:
+        config = None if lists is None else wanted.object_info(lists, classic=classic)
+        return {"input_name": name, "input_config": config, "received_value": value}
+
     try:
         value = convert(wanted.type, value)
     except (ValueError, TypeError, OverflowError) as error:
@@ -85,22 +92,22 @@ def check(name: str, wanted: Input, value: Any, lists: Lists | None, config: Any
             "invalid_input_type",
             f"Failed to convert an input value to a {wanted.type} value",
             f"{name}, {shortened(value)}, {error}",
-            **about,
-            received_value=value,
+            **about(),
             exception_message=str(error),
         )
-    about["received_value"] = value
     lowest, highest = wanted.options.get("min"), wanted.options.get("max")
     if lowest is not None and value < lowest:
-        return value, fault("value_smaller_than_min", f"Value {value} smaller than min of {lowest}", name, **about)
+        return value, fault("value_smaller_than_min", f"Value {value} smaller than min of {lowest}", name, **about())
     if highest is not None and value > highest:
-        return value, fault("value_bigger_than_max", f"Value {value} bigger than max of {highest}", name, **about)
+        return value, fault("value_bigger_than_max", f"Value {value} bigger than max of {highest}", name, **about())
     if wanted.type == "COMBO":
         return value, _not_offered(name, wanted, value, lists, about)
     return value, None
 
 
-def _not_offered(name: str, wanted: Input, value: Any, lists: Lists | None, about: dict[str, Any]) -> Fault | None:
+def _not_offered(
+    name: str, wanted: Input, value: Any, lists: Lists | None, about: Callable[[], dict[str, Any]]
+) -> Fault | None:
     if lists is None and (callable(wanted.choices) or wanted.check is not None):
         return None
     if wanted.check is not None:
@@ -115,12 +122,10 @@ def _not_offered(name: str, wanted: Input, value: Any, lists: Lists | None, abou
     offered = list(wanted.choices) if isinstance(wanted.choices, tuple) else wanted.choose_from(_there(lists))
     if value in offered:
         return None
+    extra, choice = about(), str(offered)
     if len(offered) > LONG_LIST:
-        about["input_config"] = None
-        choice = f"(list of length {len(offered)})"
-    else:
-        choice = str(offered)
-    return fault("value_not_in_list", "Value not in list", f"{name}: '{shortened(value)}' not in {choice}", **about)
+        extra["input_config"], choice = None, f"(list of length {len(offered)})"
+    return fault("value_not_in_list", "Value not in list", f"{name}: '{shortened(value)}' not in {choice}", **extra)
 
 
 def _there(lists: Lists | None) -> Lists:

@@ -192,11 +192,25 @@ def _title(given: Mapping[str, Any]) -> str | None:
     return title if isinstance(title, str) else None
 
 
+class _Remembered:
+    """Lists that look into each folder once."""
+
+    def __init__(self, lists: Lists) -> None:
+        self.input_dir, self.output_dir, self.temp_dir = lists.input_dir, lists.output_dir, lists.temp_dir
+        self._lists = lists
+        self._names: dict[str, Sequence[str]] = {}
+
+    def names(self, category: str) -> Sequence[str]:
+        if category not in self._names:
+            self._names[category] = self._lists.names(category)
+        return self._names[category]
+
+
 class _Checker:
     """Checks the nodes that outputs need, each once, however many need it."""
 
     def __init__(self, prompt: Prompt, specs: Mapping[str, NodeSpec], lists: Lists) -> None:
-        self.prompt, self.specs, self.lists = prompt, specs, lists
+        self.prompt, self.specs, self.lists = prompt, specs, _Remembered(lists)
         self.sound: dict[str, Node] = {}
         self.faults: dict[str, list[Fault]] = {}
         self.links: dict[str, list[tuple[str, Link]]] = {}
@@ -296,27 +310,30 @@ class _Checker:
 
     def _checked(self, id: str, name: str, wanted: Input, value: Any) -> tuple[Any, Fault | None]:
         """The input's value, or its link if that leads somewhere; and what is wrong with it."""
-        config = wanted.object_info(self.lists, classic=self.specs[self._class(id)].classic)
         if isinstance(value, Mapping) and "__value__" in value:  # how the web page writes a list that is no link
             value = value["__value__"]
         elif isinstance(value, list):
-            return self._linked(id, name, wanted, value, config)
+            return self._linked(id, name, wanted, value)
         if wanted.is_widget or wanted.type == "*":
-            return check(name, wanted, value, self.lists, config)
+            return check(name, wanted, value, self.lists, classic=self.specs[self._class(id)].classic)
         return None, fault(
             "invalid_input_type",
             f"Failed to convert an input value to a {wanted.type} value",
             f"{name}, {shortened(value)}, it comes from another node: link it to an output of that type",
-            input_name=name,
-            input_config=config,
+            **self._about(id, name),
             received_value=value,
         )
 
-    def _linked(self, id: str, name: str, wanted: Input, value: list[Any], config: Any) -> tuple[Any, Fault | None]:
-        about = {"input_name": name, "input_config": config}
+    def _about(self, id: str, name: str) -> dict[str, Any]:
+        """What answers repeat of an input's declaration."""
+        spec = self.specs[self._class(id)]
+        config = spec.inputs[name].object_info(self.lists, classic=spec.classic)
+        return {"input_name": name, "input_config": config}
+
+    def _linked(self, id: str, name: str, wanted: Input, value: list[Any]) -> tuple[Any, Fault | None]:
         if len(value) != 2:
             message = "Bad linked input, must be a length-2 list of [node_id, slot_index]"
-            return None, fault("bad_linked_input", message, name, **about, received_value=value)
+            return None, fault("bad_linked_input", message, name, **self._about(id, name), received_value=value)
         source, slot = value
         if isinstance(source, int) and not isinstance(source, bool):
             source = str(source)  # as people write it by hand; ids are texts
@@ -332,7 +349,7 @@ class _Checker:
             details = f"{name}, received_type({outputs[slot]}) mismatch input_type({wanted.type})"
             message = "Return type mismatch between linked nodes"
             given = {"received_type": outputs[slot], "linked_node": value}
-            return None, fault("return_type_mismatch", message, details, **about, **given)
+            return None, fault("return_type_mismatch", message, details, **self._about(id, name), **given)
         return link, None
 
     def _broken(self, id: str, kind: str, text: str) -> Fault:
@@ -341,10 +358,8 @@ class _Checker:
         if id not in self.reached:
             return fault("exception_during_validation", "Exception when validating node", text, **extra)
         by, name = self.reached[id]
-        spec = self.specs[self._class(by)]
         about = {
-            "input_name": name,
-            "input_config": spec.inputs[name].object_info(self.lists, classic=spec.classic),
+            **self._about(by, name),
             "exception_message": text,
             **extra,
             "linked_node": self.prompt[by]["inputs"][name],
