@@ -229,3 +229,19 @@ def test_an_option_holds_for_its_caller_only(make_server: MakeServer) -> None:
     once = {"prompt": "a", "override_settings": {"samples_format": "jpg"}}
     assert first_image(server.post("/sdapi/v1/txt2img", json=once, headers=first)).format == "JPEG"
     assert server.get("/sdapi/v1/options", headers=first).json()["samples_format"] == "webp"
+
+
+def test_odd_json_is_refused_or_harmless(server: TestClient) -> None:
+    def sent(text: str) -> int:
+        headers = {"Content-Type": "application/json"}
+        return server.post("/sdapi/v1/txt2img", content=text.encode(), headers=headers).status_code
+
+    assert sent('{"prompt": "a", "s_tmax": Infinity}') == 200
+    for text in (
+        "[" * 100_000, '{"a":' * 5000, '{"prompt": "a", "seed": ' + "9" * 5000 + "}",
+        '{"prompt": "a", "cfg_scale": NaN}',
+        '{"prompt": "\\ud800"}', "null", "[]", '{"prompt": null}', '{"prompt": "a", "s_noise": NaN}', "", "\x00", "{",
+        '{"prompt": "a", "steps": 1e999}', '{"prompt": "' + "a" * 20_001 + '"}', '{"prompt": "a", "seed": -2}',
+        '{"prompt": "a", "batch_size": 9, "n_iter": 9}', '{"prompt": "a", "width": 16384, "height": 16384}',
+    ):  # fmt: skip
+        assert sent(text) in (400, 422), text[:50]

@@ -259,3 +259,33 @@ def test_uploads_are_forgotten_once_nobody_needs_them(tmp_path: Path) -> None:
     assert pictures.forget_uploads(tmp_path, jobs) == 0
     assert pictures.forget_uploads(tmp_path, jobs, older_than=-1) == 1
     assert (Path(kept).exists(), Path(gone).exists()) == (True, False)
+
+
+def test_a_stop_keeps_what_clients_wait_for(tmp_path: Path) -> None:
+    """They are told to come back, and do, with the same key, for the same picture."""
+    import httpx
+
+    settings, body, headers = settings_in(tmp_path), {"prompt": "slow 100", "seed": 9}, {"Idempotency-Key": "mine"}
+    answers: list[httpx.Response] = []
+    with listening(settings) as live:
+
+        def ask() -> None:
+            answers.append(httpx.post(f"{live.url}/sdapi/v1/txt2img", json=body, headers=headers, timeout=30))
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        without_key = threading.Thread(
+            target=lambda: answers.append(httpx.post(f"{live.url}/v1/images/generations", json=body, timeout=30))
+        )
+        without_key.start()
+        until(lambda: len(live.state.queue.running()) == 2, "it draws")
+    for each in (thread, without_key):
+        each.join(20)
+    assert [answer.status_code for answer in answers] == [503, 503]
+    assert all("Retry-After" in answer.headers for answer in answers)
+    with listening(settings) as live:
+        again = httpx.post(f"{live.url}/sdapi/v1/txt2img", json=body, headers=headers, timeout=30)
+        assert again.status_code == 200
+        assert json.loads(again.json()["info"])["all_seeds"] == [9]
+        until(lambda: len(live.state.queue.history("generate")) == 2, "both are done")
+        assert {job.state for job in live.state.queue.history("generate")} == {"done"}

@@ -200,3 +200,14 @@ def test_a_request_that_takes_too_long_is_given_up(server: TestClient) -> None:
     for text in ("soon", "-1", "nan", "0"):
         answer = server.post("/v1/images/generations", json={"prompt": "a"}, headers={"X-Octavo-Timeout": text})
         assert answer.status_code == 400
+
+
+def test_a_stream_whose_reader_leaves_ends_the_request(live: Live) -> None:
+    from tests.server.conftest import until
+
+    body = {"prompt": "slow 500", "stream": True}
+    with httpx.stream("POST", f"{live.url}/v1/images/generations", json=body) as answer:
+        assert answer.status_code == 200
+        until(lambda: len(live.state.queue.running()) == 1, "it draws")
+    until(lambda: not live.state.queue.running(), "it is withdrawn")
+    assert live.state.queue.history("generate")[0].state == "cancelled"

@@ -122,7 +122,7 @@ def _answer(body: Drawing, stored: Stored, state: State, prepared: Prepared | No
                 data = pictures.encoded(prepared.compose(each.image()), form)
             images.append(base64.b64encode(data).decode("ascii"))
     hidden = {"init_images", "mask"} if not getattr(body, "include_init_images", False) else set[str]()
-    parameters = body.model_dump() | dict.fromkeys(hidden & type(body).model_fields.keys())
+    parameters = body.model_dump(mode="json") | dict.fromkeys(hidden & type(body).model_fields.keys())
     return {"images": images, "parameters": parameters, "info": json.dumps(_info(body, stored, done))}
 
 

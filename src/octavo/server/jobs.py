@@ -8,7 +8,7 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Literal
 
 from starlette.requests import HTTPConnection, Request
@@ -25,6 +25,10 @@ from octavo.server.state import State
 Api = Literal["octavo", "comfyui", "a1111", "openai"]
 POLL = 2.0  # seconds after which the queue is asked, should an event have been lost
 KEY = re.compile(r"[\x21-\x7e]{1,200}")
+STOPS = (
+    "The server stops. The request is kept, and done after the next start; if it had an Idempotency-Key, send it again "
+    "with the same one for its result."
+)
 LONGEST_TIMEOUT = 30 * 86400.0  # seconds
 
 
@@ -40,22 +44,30 @@ class Accepted:
         """What happens to the job, its end included; nothing more where it is over already.
 
         When the client of `request` leaves, or the reader, the job is withdrawn, unless it has an idempotency key:
-        then the client may come back for it.
+        then the client may come back for it. When the server stops, the job is kept and done after the next start.
+
+        Raises:
+            ShutdownError: the server stops.
         """
-        gone = asyncio.create_task(_left(request)) if request is not None else None
+        leaving = self._state.leaving
+        watching: list[asyncio.Task[Any]] = [asyncio.create_task(leaving.wait())]
+        if request is not None:
+            watching.append(asyncio.create_task(_left(request)))
         try:
             while not self._over:
-                if (event := await self._next(gone)) is not None:
+                if (event := await self._next(watching)) is not None:
                     self._over = event.type in LAST
                     yield event
-                elif gone is not None and gone.done():
+                elif leaving.is_set():
+                    raise errors.ShutdownError(STOPS)
+                elif watching[-1].done():
                     return
                 else:
                     self._over = (await self.refreshed()).over
         finally:
-            if gone is not None:
-                gone.cancel()
-            if not self._over and not self._keep:
+            for each in watching:
+                each.cancel()
+            if not (self._over or self._keep or leaving.is_set()):
                 await asyncio.shield(asyncio.to_thread(self._state.service.cancel, self.id))
 
     async def finish(self, request: Request | None = None) -> Stored:
@@ -66,6 +78,7 @@ class Accepted:
 
         Raises:
             Refused: it failed, was cancelled or took too long; with the error's own text. 499 where the client left.
+            ShutdownError: the server stops.
         """
         async for _event in self.events(request):
             pass
@@ -78,12 +91,11 @@ class Accepted:
         """The job as it is now."""
         return await asyncio.to_thread(self._state.queue.get, self.id) or self.stored
 
-    async def _next(self, gone: "asyncio.Task[None] | None") -> Event | None:
-        if gone is None:
-            return await self._follower.next(POLL)
+    async def _next(self, watching: "Sequence[asyncio.Task[Any]]") -> Event | None:
+        """The next event; None after a while without one, or as soon as one of the tasks is done."""
         following = asyncio.create_task(self._follower.next(POLL))
         try:
-            await asyncio.wait((following, gone), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((following, *watching), return_when=asyncio.FIRST_COMPLETED)
             return following.result() if following.done() else None
         finally:
             following.cancel()

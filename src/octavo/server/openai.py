@@ -168,7 +168,7 @@ def _prepared(image: Image.Image, mask: Image.Image | None, size: tuple[int, int
 async def _respond(order: Order, request: Request, state: State) -> Response:
     if order.body.stream:
         headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-store"}
-        return StreamingResponse(_events(order, state), media_type="text/event-stream", headers=headers)
+        return StreamingResponse(_events(order, request, state), media_type="text/event-stream", headers=headers)
     stored = await order.job.finish(request)
     return JSONResponse(await asyncio.to_thread(_whole, order, stored, state, str(request.base_url)))
 
@@ -214,7 +214,7 @@ def _put_back(order: Order, made: Made, state: State) -> str:
     return path.relative_to(state.settings.output_dir.resolve()).as_posix()
 
 
-async def _events(order: Order, state: State) -> AsyncIterator[str]:
+async def _events(order: Order, request: Request, state: State) -> AsyncIterator[str]:
     """The stream: partial pictures as they come, then the finished ones, or an error."""
     wanted, sent, share = order.body.partial_images or 0, 0, 0.0
     common = {
@@ -225,7 +225,7 @@ async def _events(order: Order, state: State) -> AsyncIterator[str]:
         "created_at": int(order.job.stored.created),
     }
     try:
-        async for event in order.job.events():
+        async for event in order.job.events(request):
             if event.type == "progress" and event.data.get("max"):
                 share = event.data["value"] / event.data["max"]
             elif event.type == "preview" and event.binary and sent < wanted and share >= (sent + 1) / (wanted + 1):

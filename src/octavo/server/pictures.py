@@ -56,6 +56,9 @@ def request_of(wishes: Mapping[str, Any], settings: Settings) -> "GenerateReques
     prompts = [wishes.get("prompt") or "", wishes.get("negative_prompt") or ""]
     if max(map(len, prompts)) > LONGEST_PROMPT:
         raise RequestError(f"A prompt may have {LONGEST_PROMPT} letters here; this one has {max(map(len, prompts))}.")
+    for prompt in prompts:
+        if any(0xD800 <= ord(letter) < 0xE000 for letter in prompt):
+            raise RequestError("The prompt has half a surrogate pair in it, which is no letter; take it out.")
     if (wishes.get("batch") or 1) > MOST_PICTURES:
         raise RequestError(f"{wishes['batch']} pictures are asked for; {MOST_PICTURES} are drawn at a time.")
     request = GenerateRequest(**{name: value for name, value in wishes.items() if value is not None})

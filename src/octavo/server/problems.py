@@ -73,7 +73,7 @@ def headers_of(error: OctavoError) -> dict[str, str]:
     """What the answer's header says beside."""
     if isinstance(error, Refused):
         return error.headers
-    wait = getattr(error, "retry_after", None)
+    wait = 5 if isinstance(error, errors.ShutdownError) else getattr(error, "retry_after", None)
     return {"Retry-After": str(max(1, round(wait)))} if wait is not None else {}
 
 

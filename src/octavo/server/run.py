@@ -17,6 +17,7 @@ from octavo.server.state import Load, State
 HEADER_TIMEOUT = 20.0  # seconds from a connection, or from its first byte, to the end of a request's header
 LARGEST_HEADER = 64 * 1024  # bytes
 LARGEST_MESSAGE = 1024 * 1024  # bytes of one that comes through a websocket
+MOST_CONNECTIONS = 900  # at once; more are told to come back (503). Below the usual limit of 1024 open files
 LEAVING = 3  # seconds that open answers have when the server stops
 
 
@@ -69,6 +70,11 @@ class Server(uvicorn.Server):
         """Stop at the next opportunity."""
         self.should_exit = True
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # Those who wait for a picture are told, so that their connections end now.
+        self.state.leaving.set()
+        await super().shutdown(sockets)
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """As uvicorn's, but a stop that was asked for is no failure: the signal is not raised again afterwards."""
@@ -88,6 +94,7 @@ def configured(app: ASGIApp, settings: Settings) -> uvicorn.Config:
         ws="websockets-sansio",
         ws_max_size=LARGEST_MESSAGE,
         h11_max_incomplete_event_size=LARGEST_HEADER,
+        limit_concurrency=MOST_CONNECTIONS,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=LEAVING,
         lifespan="on",

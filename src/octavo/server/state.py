@@ -68,6 +68,7 @@ class State:
         keys: who may come in.
         stage: what the server is doing on its way to being ready, for people.
         problem: why it never will be, or None.
+        leaving: set when the server begins to stop.
         a1111: options that A1111's clients have set, by caller.
         links: addresses of pictures that open without a key.
     """
@@ -96,6 +97,7 @@ class State:
         self.failed: Callable[[], None] = lambda: None  # called in the loop when `problem` is set
         self._load = load or load_works
         self._works: Works | None = None
+        self.leaving = asyncio.Event()
         self._started, self._ready = asyncio.Event(), asyncio.Event()
         self._turn = threading.Lock()  # whoever brings the server up or down
         self._stopping = False
