@@ -4,6 +4,7 @@ The tree::
 
     OctavoError                     show its text to the user; exit code 2
     ├── RequestError                what was asked cannot be done: a size, a sampler name, a setting
+    │   ├── InvalidPrompt           a workflow that cannot be run, with ComfyUI's answer; in graph.workflow
     │   ├── RecipeError             a recipe for quantizing that cannot be read: an unknown key, a value out of range
     │   └── ConflictError           an id or idempotency key of the queue that stands for something else already
     ├── ModelNotFoundError          no file of that name, or none at all: what to download and where to put it
@@ -22,6 +23,7 @@ The tree::
     ├── JobError                    a queued request ended early; carries what it had by then
     │   ├── JobCancelledError       someone cancelled it
     │   ├── DeadlineExceededError   its time is up
+    │   ├── NodeFailedError         a node of a workflow failed; in graph.execute
     │   └── ShutdownError           the server stops; the request goes back to the queue
     └── MissingExtraError           an optional package is not installed; says what to install
 

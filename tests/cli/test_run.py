@@ -210,7 +210,9 @@ def test_a_piece_of_a_workflow_is_answered_with_the_whole(run: Run, tmp_path: Pa
     assert (code, out) == (2, [])
     assert "piece of a workflow" in err
 
-    (tmp_path / "workflow.json").write_text(err[err.index("{\n") : err.rindex("}") + 1])
+    shown = err[err.index("{\n") : err.rindex("}") + 1]
+    assert run("piece.json", "--convert", "workflow.json")[:2] == (0, ["workflow.json"])
+    assert json.loads(shown) == json.loads((tmp_path / "workflow.json").read_text())
     assert run("workflow.json")[:2] == (0, ["output/ComfyUI_00001_.png"])
 
 
@@ -223,11 +225,15 @@ def test_a_piece_of_a_workflow_is_answered_with_the_whole(run: Run, tmp_path: Pa
         (("w.json", "--set", "1.width=0"), "Value 0 smaller than min of 1"),
         (("w.json", "--seed", "3"), "no node of the workflow has a seed"),
         (("w.json", "--target", "1"), "there are: 2"),
+        (("nodes.json",), "Add a node that keeps a result, such as SaveImage"),
+        (("number.json", "--convert", "-"), "this is '5'"),
         (("w.json", "--convert", "nowhere/out.json"), "Cannot write nowhere/out.json"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_message(run: Run, tmp_path: Path, words: Any, reason: str) -> None:
     _write(tmp_path / "w.json", PICTURE)
+    _write(tmp_path / "nodes.json", {"5": {"class_type": "CLIPLoader"}})
+    _write(tmp_path / "number.json", 5)
 
     code, out, err = run(*words)
 

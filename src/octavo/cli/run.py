@@ -135,7 +135,7 @@ def run(
             ready = _checked(workshop, prompt, target)
 
     if convert is not None:
-        _write(prompt, convert)
+        _write(_completed(workshop, prompt), convert)
         return
     for node, faults in ready.node_errors.items():
         told = "; ".join(f"{each['message']}: {each['details']}" for each in faults["errors"])
@@ -152,12 +152,16 @@ def run(
 
 
 def _checked(workshop: "Workshop", prompt: Any, targets: list[str] | None) -> "Workflow":
-    """The workflow, ready to run; a refusal says where files are to come from."""
+    """The workflow, ready to run; a refusal says what to do."""
     from octavo.graph.workflow import InvalidPrompt
 
     try:
         return workshop.validate(prompt, targets)
     except InvalidPrompt as refused:
+        if "completed" in refused.error["extra_info"]:
+            raise RequestError(f"{refused}\nOr let Octavo write it: add --convert workflow.json") from refused
+        if refused.error["type"] == "prompt_no_outputs" and targets is None:
+            raise RequestError(f"{refused}\nAdd a node that keeps a result, such as SaveImage.") from refused
         for id, faults in refused.node_errors.items():
             for name in (each["extra_info"].get("input_name") for each in faults["errors"]):
                 wanted = workshop.nodes[faults["class_type"]].inputs.get(name)
@@ -170,6 +174,16 @@ def _checked(workshop: "Workshop", prompt: Any, targets: list[str] | None) -> "W
                 instead = f"; or take another: --set {id}.{name}={there}" if there else "."
                 raise RequestError(f"{refused}\n{hint}{instead}") from refused
         raise
+
+
+def _completed(workshop: "Workshop", prompt: Any) -> Any:
+    """The prompt itself, or the whole of which it is a piece."""
+    from octavo.graph.fragment import complete, looks_like_nodes
+
+    whole = complete(prompt, workshop.nodes) if looks_like_nodes(prompt) else None
+    if whole is None and not isinstance(prompt, Mapping):
+        workshop.validate(prompt)  # says what is wrong with it
+    return prompt if whole is None else whole
 
 
 def _run(console: "Console", workshop: "Workshop", workflow: "Workflow", found: "Found") -> "Record":

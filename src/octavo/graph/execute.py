@@ -150,7 +150,7 @@ class _Run:
         values = {name: None if isinstance(value, Link) else value for name, value in node.inputs.items()}
         try:
             found = node.spec.is_changed(self.context.for_node(node.id, _unheard), **values)
-        except (OSError, RequestError):
+        except (OSError, OctavoError):
             return uuid.uuid4().hex  # it cannot be read, as the node itself will tell
         return uuid.uuid4().hex if type(found) is object else repr(found)
 
