@@ -405,13 +405,14 @@ def test_a_run_is_cancelled_between_nodes():
 
 def test_a_chain_longer_than_python_s_stack_is_run():
     prompt: dict[str, Any] = dict(IMAGE_PROMPT)
-    for number in range(1500):
+    for number in range(1200):
         source = "1" if number == 0 else f"n{number - 1}"
         prompt[f"n{number}"] = {"class_type": "Invert", "inputs": {"image": [source, 0]}}
-    prompt["2"] = {"class_type": "SaveToy", "inputs": {"images": ["n1499", 0], "prefix": "x"}}
+    prompt["2"] = {"class_type": "SaveToy", "inputs": {"images": ["n1199", 0], "prefix": "x"}}
     simple = replace(TOYS["Invert"], run=lambda _context, image: (image,))
     runs = Runs({**TOYS, "Invert": simple})
 
     runs.run(prompt)
 
-    assert len(runs.executed) == 1502
+    assert len(runs.executed) == 1202
+    assert max(len(data["nodes"]) for type, data in runs.told if type == "progress_state") == 200

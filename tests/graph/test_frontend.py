@@ -2,14 +2,13 @@
 
 import copy
 import json
-import random
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.graph.frontend import choose, is_frontend_format, to_prompt
+from octavo.graph.frontend import is_frontend_format, to_prompt
 from octavo.graph.spec import COMBO, FLOAT, INT, LINK, STRING, files, node
 from octavo.graph.workflow import InvalidPrompt
 from tests.goldens import golden
@@ -316,29 +315,10 @@ def test_group_nodes_are_refused_by_name():
         _inputs(_page(_node(1, "workflow>My group"), links=[]))
 
 
-# ── texts with choices ───────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def test_choices_of_a_text_are_made():
     page = _page(_node(1, "Text", values=["a {red} fox"]), links=[])
 
     assert _inputs(page)["1"]["text"] == "a red fox"
-
-
-@pytest.mark.parametrize(
-    ("text", "possible"),
-    [
-        ("a {red|green} fox", {"a red fox", "a green fox"}),
-        ("{a {big|small}|no} fox", {"a big fox", "a small fox", "no fox"}),
-        (r"\{red|green\}", {"{red|green}"}),
-        ("a fox /* shy */at night // or day", {"a fox at night "}),
-        ("see https://example.org", {"see https://example.org"}),
-        ("{", {"{"}),
-        ("}{", {"}{"}),
-    ],
-)
-def test_each_choice_can_fall(text, possible):
-    assert {choose(text, random.Random(seed)) for seed in range(60)} == possible
 
 
 # ── whatever else JSON may hold ──────────────────────────────────────────────────────────────────────────────────────

@@ -287,3 +287,13 @@ def test_nothing_that_json_can_hold_is_more_than_a_refusal(prompt, targets):
 
     assert json.dumps(answer, allow_nan=False, ensure_ascii=False).encode()
     assert status == 200 or answer["error"]["type"]
+
+
+def test_many_unknown_inputs_are_not_all_told():
+    """To look for what each could have meant would take minutes."""
+    prompt = copy.deepcopy(IMAGE_PROMPT)
+    prompt["1"]["inputs"] |= {f"width{number}": 1 for number in range(100_000)}
+
+    _, answer = _answer(prompt, TOYS)
+
+    assert len(answer["node_errors"]["1"]["errors"]) == 20

@@ -25,6 +25,7 @@ from octavo.graph.workflow import Link, Node, Workflow
 Emit = Callable[[str, dict[str, Any]], None]
 Report = Callable[[float, float, Any], None]
 Lent = TypeVar("Lent", bound="Lends")
+MOST_STATES = 200  # nodes whose state a message tells
 STOPPED = (JobError, KeyboardInterrupt)  # somebody wants it to end; any other exception is the node's
 
 
@@ -254,6 +255,8 @@ class _Run:
     def _state(self, id: str, state: str, value: float, most: float) -> None:
         about = {"node_id": id, "prompt_id": self.prompt_id, **_display(id)}
         self.states[id] = {"value": value, "max": most, "state": state, **about}
+        if len(self.states) > MOST_STATES:  # each message repeats them all
+            self.states.pop(next(iter(self.states)))
         self._tell("progress_state", nodes={id: dict(state) for id, state in self.states.items()})
 
     def _progress(self, id: str, value: float, most: float, image: Any) -> None:

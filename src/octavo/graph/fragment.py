@@ -12,6 +12,8 @@ from octavo.graph.spec import NodeSpec
 
 Nodes = dict[str, dict[str, Any]]
 
+MOST_NODES = 100  # of a piece; a larger one is no slip of a pen
+
 
 def looks_like_nodes(given: Any) -> bool:
     """Whether `given` is a list of node objects, as JSON has them."""
@@ -31,7 +33,7 @@ def complete(given: Sequence[Mapping[str, Any]], specs: Mapping[str, NodeSpec]) 
     Returns:
         A prompt in the API format, or None if something that cannot be guessed is missing.
     """
-    if not all(each["class_type"] in specs for each in given):
+    if len(given) > MOST_NODES or not all(each["class_type"] in specs for each in given):
         return None
     if any(name not in specs for name in ("CLIPTextEncode", "VAEDecode", "SaveImage")):
         return None

@@ -6,13 +6,12 @@ node shows them: `{"nodes": [{"id": 3, "type": "KSampler", "inputs": [{"name": "
 reroutes, primitives and notes; so do muted nodes, bypassed ones, and subgraphs, whose nodes get ids such as "57:8".
 """
 
-import random
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
 
+from octavo.graph.dynamic import choose
 from octavo.graph.spec import Input, Lists, NodeSpec
 from octavo.graph.values import fault, shortened
 from octavo.graph.workflow import InvalidPrompt, check_depth
@@ -388,17 +387,3 @@ def _settled(wanted: Input, value: Any) -> Any:
     if wanted.options.get("dynamicPrompts") and isinstance(value, str):
         return choose(value)
     return value
-
-
-def choose(text: str, lot: random.Random | None = None) -> str:
-    r"""Make the choices of a text such as `a {red|green} fox`, which may lie in each other; `\{` is a brace.
-
-    Remarks, `/* … */` and `// …` to the end of a line, are left out.
-    """
-    pick = (lot or random).choice
-    text = re.sub(r"/\*.*?\*/|(?<!:)//[^\n]*", "", text, flags=re.DOTALL)
-    text = text.replace("\\{", "\0").replace("\\}", "\1")
-    innermost = re.compile(r"\{([^{}]*)\}")
-    while innermost.search(text):
-        text = innermost.sub(lambda found: pick(found[1].split("|")), text, count=1)
-    return text.replace("\0", "{").replace("\1", "}")

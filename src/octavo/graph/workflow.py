@@ -10,6 +10,7 @@ The plain values are the business of `values`, the web page's own format that of
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from octavo.errors import RequestError, did_you_mean
@@ -21,6 +22,7 @@ Prompt = Mapping[str, Any]
 # What older web pages wrote among the inputs of nodes that upload files; it says nothing about the picture.
 UPLOAD_BUTTONS = ("upload", "choose file to upload")
 DEEPEST = 64  # brackets
+MOST_FAULTS = 20  # unknown inputs of one node that are named
 
 
 class InvalidPrompt(RequestError):  # noqa: N818 - ComfyUI's word for it
@@ -304,7 +306,7 @@ class _Checker:
                 values[name] = wanted.default(self.lists)
             elif wanted.section == "required":
                 faults.append(fault("required_input_missing", "Required input is missing", name, input_name=name))
-        faults += self._unknown(spec, inputs)
+        faults += islice(self._unknown(spec, inputs), MOST_FAULTS)
         if not faults:
             self.sound[id] = Node(id, spec, values, _title(given) or spec.display_name or spec.name)
 
