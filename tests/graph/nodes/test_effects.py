@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.errors import RequestError
-from octavo.graph.nodes.image_effects import MODES, blend, blur, canny, canny_node, image_blend, sharpen
+from octavo.graph.nodes.image_effects import MODES, blend, blur, canny_node, image_blend, sharpen
+from octavo.pipeline.edges import canny
 from tests.graph.nodes.bare import bare, gradient
 
 BLACK, GREY, WHITE = (torch.full((1, 6, 8, 3), value) for value in (0.0, 0.5, 1.0))

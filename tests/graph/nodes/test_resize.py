@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from octavo.graph.nodes.resize import IMAGE_METHODS, LATENT_METHODS, lanczos, resize
+from octavo.pipeline.resize import IMAGE_METHODS, LATENT_METHODS, lanczos, resize
 from tests.graph.nodes.bare import gradient
 
 METHODS = sorted({*IMAGE_METHODS, *LATENT_METHODS})

@@ -9,8 +9,8 @@ from torch import Tensor
 from octavo.errors import RequestError
 from octavo.graph.context import Context
 from octavo.graph.nodes.limits import check_size
-from octavo.graph.nodes.resize import CROPS, IMAGE_METHODS, resize
 from octavo.graph.spec import COMBO, FLOAT, INT, LINK, NodeSpec, node
+from octavo.pipeline.resize import CROPS, IMAGE_METHODS, resize
 
 SCALING = "image/upscaling"
 MARGIN = INT(0, min=0, max=16384, step=8)

@@ -14,10 +14,10 @@ from torch import Tensor
 from octavo.errors import RequestError
 from octavo.graph.context import Context
 from octavo.graph.nodes.limits import check_drawn
-from octavo.graph.nodes.resize import CROPS, LATENT_METHODS, resize
 from octavo.graph.nodes.types import Latent
 from octavo.graph.spec import COMBO, FLOAT, INT, LINK, Input, NodeSpec, node
 from octavo.pipeline.latents import CHANNELS, FACTOR
+from octavo.pipeline.resize import CROPS, LATENT_METHODS, resize
 
 PLACE = INT(0, min=0, max=16384, step=8)
 
