@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from octavo.pipeline.components import Components
     from octavo.pipeline.generate import Progress as Report
     from octavo.pipeline.generate import Watcher
-    from octavo.pipeline.request import GenerateRequest
+    from octavo.pipeline.request import GenerateRequest, Lora
 
 EPILOG = """[bold]Examples[/]
 
@@ -29,6 +29,8 @@ octavo generate "a photo of a fox" --model sd3.5_large_fp8_scaled --size 1024x76
 octavo generate "the same, at night" --image fox.png --denoise 0.6 --model sd3.5_medium
 
 octavo generate "a red fox on a bench" --image park.png --mask bench.png --model sd3.5_large
+
+octavo generate "a red fox <lora:watercolour:0.8>" --lora hands.safetensors:0.6 --model sd3.5_large
 
 octavo generate --from output/octavo-00001.png --seed 7
 
@@ -49,6 +51,13 @@ def generate(
             "-m",
             envvar="OCTAVO_MODEL",
             help="Name or path of a model; without one the embedded model draws.",
+        ),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="LoRA file or name, with its strength after a colon, such as hands:0.8; may be repeated. The prompt "
+            "can ask for it too: <lora:hands:0.8>."
         ),
     ] = None,
     text_encoder: Annotated[
@@ -135,7 +144,7 @@ def generate(
         "negative_prompt": negative, "steps": steps, "guidance_scale": guidance, "sampler": sampler,
         "schedule": schedule, "shift": shift, "seed": seed, "batch": batch, "guidance_rescale": rescale,
         "clip_skip": clip_skip, "denoise": _share(denoise, image, mask),
-        "image": str(image) if image else None, "mask": str(mask) if mask else None,
+        "loras": _loras(lora), "image": str(image) if image else None, "mask": str(mask) if mask else None,
         **parse_size(size), **_interval(guidance_interval), **_skip_layers(slg),
     }  # fmt: skip
     requests = _requests(_texts(prompt, prompts), repeat, given)
@@ -259,6 +268,22 @@ def _skip_layers(scale: float | None) -> dict[str, Any]:
     from octavo.sampling.guidance import SkipLayerGuidance
 
     return {"skip_layer_guidance": SkipLayerGuidance(scale=scale)}
+
+
+def _loras(given: list[str] | None) -> "tuple[Lora, ...] | None":
+    """Each LoRA with the strength after its last colon, or at full strength."""
+    from octavo.pipeline.request import Lora
+
+    loras = []
+    for text in given or ():
+        name, colon, number = text.rpartition(":")
+        try:
+            loras.append(Lora(name, float(number)) if colon else Lora(text))
+        except ValueError:
+            if "/" not in number and "\\" not in number:
+                raise RequestError(f"--lora {text}: '{number}' is not a strength; write name:0.8.") from None
+            loras.append(Lora(text))  # the colon of a drive or folder
+    return tuple(loras) or None
 
 
 def _is_file(out: Path) -> bool:

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from octavo.errors import RequestError
+
 
 class Delta(Protocol):
     """A change D [N, K] of a weight, in whatever form it is kept."""
@@ -152,10 +154,16 @@ class Adapter:
         key = (layer, device, dtype)
         if key not in self._ready:
             change = self.layers[layer]
-            deltas = tuple(delta.to(device, dtype) for delta in change.deltas)
+            deltas = tuple(delta.to(device, dtype) for delta in joined(change.deltas))
             scale = None
             if change.magnitude is not None:
-                scale = change.factors(weight_of(module) + change.dense().to(device)).to(dtype)
+                try:
+                    weight = weight_of(module)
+                except RequestError as error:
+                    raise RequestError(
+                        f"The LoRA '{self.name}' is a DoRA, which needs the weights themselves. {error}"
+                    ) from error
+                scale = change.factors(weight + change.dense().to(device)).to(dtype)
             self._ready[key] = _Ready(deltas, scale)
         return self._ready[key]
 
@@ -166,6 +174,32 @@ class Adapter:
 
 Applied = tuple[tuple[Adapter, float], ...]
 """Adapters and their strengths, in order; what rows of a batch must have in common."""
+
+
+def joined(deltas: Sequence[Delta]) -> tuple[Delta, ...]:
+    """The same change in fewer products: low-rank parts, of all rows or of some, become one of their ranks together."""
+    placed = [_placed(delta) for delta in deltas]
+    low_rank = [part for part in placed if part is not None]
+    if len(low_rank) < 2 and not any(isinstance(delta, Rows) for delta in deltas):
+        return tuple(deltas)
+    rest = [delta for delta, part in zip(deltas, placed, strict=True) if part is None]
+    if not low_rank:
+        return tuple(rest)
+    down = torch.cat([part.down for part in low_rank])
+    up = torch.cat([part.up for part in low_rank], dim=1)
+    return (LowRank(down, up), *rest)
+
+
+def _placed(delta: Delta) -> LowRank | None:
+    """A low-rank change as one of all rows; None where it is of another form."""
+    if isinstance(delta, LowRank):
+        return delta
+    if not (isinstance(delta, Rows) and isinstance(delta.delta, LowRank)):
+        return None
+    up = delta.delta.up.new_zeros(delta.total, delta.delta.up.shape[1])
+    for start, to, count in delta.rows:
+        up[to : to + count] = delta.delta.up[start : start + count]
+    return LowRank(delta.delta.down, up)
 
 
 @contextmanager

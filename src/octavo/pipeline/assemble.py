@@ -25,6 +25,7 @@ from octavo.fp8 import E4M3FN, FORMATS, Fp8Format
 from octavo.models import VAE, ClipConfig, ClipTextEncoder, MMDiT, MMDiTConfig, T5Config, T5Encoder
 from octavo.pipeline.components import Arithmetic, Components, Part
 from octavo.pipeline.encode import TextEncoders
+from octavo.pipeline.loras import Loras
 from octavo.text.tokenizers import EncoderTokenizer, Tokenizers
 from octavo.text.vocabulary import Vocabulary, clip_vocabulary, read_vocabulary, t5_vocabulary
 
@@ -55,6 +56,7 @@ def load(
     measure: bool | None = None,
     retry_bf16: bool = False,
     make_part: PartMaker = Part,
+    loras: Loras | None = None,
 ) -> Components:
     """Find a model and all that belongs to it. Headers are read now, weights when they are needed.
 
@@ -78,6 +80,7 @@ def load(
         retry_bf16: where an FP8 layer of the model gives NaN or infinity, warn, let it multiply in bfloat16 or float32
             from then on, and repeat the step; else such a number is an error.
         make_part: makes each part, or gives one that was made before; see `shelf`.
+        loras: where LoRAs are looked for; in the models tree and at any path when not given.
 
     Raises:
         ModelNotFoundError: a file is not there; says what to download and where to put it.
@@ -156,6 +159,7 @@ def load(
         warnings=warnings,
         tiled_vae=tiled_vae,
         retry_bf16=retry_bf16,
+        loras=loras or Loras(folders),
     )
 
 

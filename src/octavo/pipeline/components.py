@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 import torch
 from PIL import Image
@@ -28,6 +28,11 @@ from octavo.models import VAE, MMDiT, MMDiTConfig
 from octavo.pipeline.decode import decode, to_uint8
 from octavo.pipeline.encode import TextEncoders
 from octavo.pipeline.latents import FACTOR
+from octavo.text.lora_tags import split_tags, spoken
+
+if TYPE_CHECKING:
+    from octavo.pipeline.loras import Loras, Stack
+    from octavo.pipeline.request import Lora
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +71,7 @@ class Part(Generic[M]):
         nbytes: of its weights when loaded.
         linears: how many linear layers it has.
         fp8_linears: how many of them keep FP8 weights.
+        skeleton: the model without its weights, on the meta device.
         forced_linears: how many of those are quantized at load.
         refused: why none of those can use the backend that was asked for, so that each takes what suits it; None
             where one can, or none was asked for.
@@ -83,6 +89,7 @@ class Part(Generic[M]):
         self.kind = located.part.kind
         self.title = TITLES[self.kind]
         self.config: Config = plan.config
+        self.skeleton = plan.model
         self.device, self.dtype = device, dtype
         self.refused: str | None = None
         if self._arithmetic.backend is not None:
@@ -185,10 +192,12 @@ class Components:
         warnings: Sequence[str] = (),
         tiled_vae: bool | None = None,
         retry_bf16: bool = False,
+        loras: "Loras | None" = None,
     ) -> None:
         self.name, self.preset, self.embedded, self.warnings = name, preset, embedded, tuple(warnings)
         self.mmdit, self.vae, self.encoders, self.text = mmdit, vae, tuple(encoders), text
         self._tiled_vae, self.retry_bf16 = tiled_vae, retry_bf16
+        self._loras = loras
 
     @property
     def device(self) -> torch.device:
@@ -214,9 +223,21 @@ class Components:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.preset.name} ({self.name}) on {self.device} in {dtype}{fp8}"
 
+    def stack(self, loras: "Sequence[Lora]") -> "Stack":
+        """What these LoRAs do to the model and to its text encoders.
+
+        Raises:
+            ModelNotFoundError: there is no such file.
+            CheckpointError: a file that does not fit the model.
+        """
+        if not loras:
+            return {}
+        assert self._loras is not None, "made without a place to look for LoRAs"
+        return self._loras.stack(loras, (self.mmdit, *self.encoders))
+
     def remarks(self, prompt: str) -> list[str]:
         """What the user should know of a prompt: words that no encoder knows, embeddings that are left out."""
-        kits = self.text.tokenizers
+        kits, prompt = self.text.tokenizers, spoken(split_tags(prompt)[0])
         unknown = ", ".join(f"'{word}'" for word in kits.unknown_words(prompt))
         remarks = (
             [f"The model does not know {unknown}; 'octavo info {self.name}' tells what it does."] if unknown else []

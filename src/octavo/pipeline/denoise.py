@@ -2,8 +2,8 @@
 
 A `Track` is what one request needs at every step: its prompts, its guidance and its tables of modulation, made for the
 whole run before its first step. `denoise` answers the questions of any number of tracks at once; rows that can share a
-model call (same latent size, same number of text tokens, same blocks) do. A single picture is the case of one track.
-`finite` does the same for numbers that must not be NaN.
+model call (same latent size, same number of text tokens, same blocks, same LoRAs) do. A single picture is the case of
+one track. `finite` does the same for numbers that must not be NaN.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from octavo.fp8 import at_sigmas
 from octavo.models import MMDiT, Modulation
+from octavo.models.adapter import Applied, adapted
 from octavo.pipeline.conditions import Arranged, Condition, Placed, arrange, mix
 from octavo.pipeline.encode import Conditioning
 from octavo.pipeline.tables import Tables, make_table
@@ -32,14 +33,22 @@ class Track:
     negative: Sequence[Condition] | None  # None where neither guidance nor the sampler needs it
     guidance: Guidance
     shift: float  # of the schedule; guidance intervals are fractions of it
+    adapters: Applied = ()  # LoRAs that act on the model
     tables: dict[tuple[Conditioning, float], Modulation] = field(default_factory=dict)  # one row by (prompt, sigma)
     arranged: dict[tuple[object, ...], Arranged] = field(default_factory=dict)  # by shape and device of the latents
 
     @classmethod
-    def of(cls, positive: Conditioning, negative: Conditioning | None, guidance: Guidance, shift: float) -> "Track":
+    def of(
+        cls,
+        positive: Conditioning,
+        negative: Conditioning | None,
+        guidance: Guidance,
+        shift: float,
+        adapters: Applied = (),
+    ) -> "Track":
         """The plain case: one prompt a side, everywhere, from the first step to the last."""
         sides = [None if each is None else (Condition(conditioning=each),) for each in (positive, negative)]
-        return cls(positive=sides[0] or (), negative=sides[1], guidance=guidance, shift=shift)
+        return cls(positive=sides[0] or (), negative=sides[1], guidance=guidance, shift=shift, adapters=adapters)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Track":
         """The same with its prompts on another device, in another dtype; itself where they are there already."""
@@ -107,7 +116,8 @@ def make_tables(
         prompt = condition.conditioning
         missing = [sigma for sigma in levels if (prompt, sigma) not in track.tables]
         if missing:
-            whole = (cache.get if cache is not None else make_table)(mmdit, prompt.pooled, missing)
+            make = cache.get if cache is not None else make_table
+            whole = make(mmdit, prompt.pooled, missing, track.adapters)
             for i, sigma in enumerate(missing):
                 track.tables[prompt, sigma] = whole.rows(slice(i, i + 1))
 
@@ -158,7 +168,8 @@ class _Row:
     def shape(self) -> tuple[object, ...]:
         """Rows of equal shape can share a call."""
         context = self.placed.conditioning.context
-        return (tuple(self.x.shape[1:]), context.shape[1], self.question.track.skip_layers(self.which))
+        track = self.question.track
+        return (tuple(self.x.shape[1:]), context.shape[1], track.skip_layers(self.which), track.adapters)
 
     @property
     def tokens(self) -> int:
@@ -179,7 +190,7 @@ def _evaluate(mmdit: MMDiT, rows: Sequence[_Row], most: int | None) -> list[Tens
     for row in rows:
         prompt, sigma, tables = row.placed.conditioning, row.question.sigma, row.question.track.tables
         if (prompt, sigma) not in tables:  # an adaptive sampler's sigma, not known before
-            tables[prompt, sigma] = make_table(mmdit, prompt.pooled, [sigma])
+            tables[prompt, sigma] = make_table(mmdit, prompt.pooled, [sigma], row.question.track.adapters)
         latents.append(row.x.to(prompt.context.dtype))
         contexts.append(prompt.context.expand(len(row.x), -1, -1))
         modulations.extend([tables[prompt, sigma]] * len(row.x))
@@ -189,7 +200,7 @@ def _evaluate(mmdit: MMDiT, rows: Sequence[_Row], most: int | None) -> list[Tens
     velocities = []
     for first in range(0, len(x), most or len(x)):
         part = slice(first, first + (most or len(x)))
-        with at_sigmas(mmdit, sigmas[part]):
+        with at_sigmas(mmdit, sigmas[part]), adapted(mmdit, rows[0].question.track.adapters):
             velocities.append(mmdit(x[part], context[part], Modulation.stack(modulations[part]), skip_layers=skip))
     parts = torch.cat(velocities).split_with_sizes([len(row.x) for row in rows])
     return [part.to(row.x.dtype) for row, part in zip(rows, parts, strict=True)]

@@ -10,13 +10,14 @@ Source: Esser et al. 2024 (arXiv 2403.03206), appendix; ComfyUI for weights and 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.models import ClipTextEncoder, T5Encoder
+from octavo.models.adapter import Applied, adapted
 from octavo.text.chunks import TokenChunk, complete
 from octavo.text.tokenizers import EncoderTokenizer, TokenizedPrompt, Tokenizers
 
@@ -52,6 +53,18 @@ class TextEncoders:
     pooled_width: int  # P, of the MMDiT
     positions: int = 77  # rows of zeros that stand for a prompt without any encoder
     embeddings: Embeddings = lambda _name: None
+    adapters: tuple[tuple[str, Applied], ...] = ()  # LoRAs that act on an encoder: clip_l, clip_g or t5
+    plain: "TextEncoders | None" = None  # the same without them
+
+    def adapted(self, adapters: Mapping[str, Applied]) -> "TextEncoders":
+        """The same with more LoRAs, by encoder; itself where there are none."""
+        merged = dict(self.adapters)
+        for encoder, applied in adapters.items():
+            merged[encoder] = merged.get(encoder, ()) + applied
+        merged = {encoder: applied for encoder, applied in sorted(merged.items()) if applied}
+        if merged == dict(self.adapters):
+            return self
+        return replace(self, adapters=tuple(merged.items()), plain=self.plain or self)
 
     def shapes(self, name: str) -> dict[str, tuple[int, int]] | None:
         """(vectors, width) of each tensor of an embedding, as the tokenizers want to know them; None if not found."""
@@ -76,14 +89,20 @@ def encode(encoders: TextEncoders, prompt: str, clip_skip: int = 2) -> Condition
 
 def encode_tokens(encoders: TextEncoders, tokens: TokenizedPrompt, *, clip_skip: int = 2) -> Conditioning:
     """`encode` for a prompt that is cut into tokens already."""
-    kits = encoders.tokenizers
+    kits, applied = encoders.tokenizers, dict(encoders.adapters)
     of_l = of_g = of_t5 = None
     if encoders.clip_l and tokens.clip_l and kits.clip_l:
-        of_l = _encode_all(kits.clip_l, tokens.clip_l, _with_clip(encoders, encoders.clip_l(), clip_skip))
+        clip = encoders.clip_l()
+        with adapted(clip, applied.get("clip_l", ())):
+            of_l = _encode_all(kits.clip_l, tokens.clip_l, _with_clip(encoders, clip, clip_skip))
     if encoders.clip_g and tokens.clip_g and kits.clip_g:
-        of_g = _encode_all(kits.clip_g, tokens.clip_g, _with_clip(encoders, encoders.clip_g(), clip_skip))
+        clip = encoders.clip_g()
+        with adapted(clip, applied.get("clip_g", ())):
+            of_g = _encode_all(kits.clip_g, tokens.clip_g, _with_clip(encoders, clip, clip_skip))
     if encoders.t5 and tokens.t5 and kits.t5:
-        of_t5 = _encode_all(kits.t5, tokens.t5, _with_t5(encoders, encoders.t5()))
+        t5 = encoders.t5()
+        with adapted(t5, applied.get("t5", ())):
+            of_t5 = _encode_all(kits.t5, tokens.t5, _with_t5(encoders, t5))
 
     context: list[Tensor] = []
     pooled = torch.zeros(1, encoders.pooled_width)

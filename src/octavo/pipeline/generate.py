@@ -25,6 +25,7 @@ from octavo.pipeline.run import Inpaint, Run, Solve, Step, inpaint_noise, solve
 from octavo.sampling import ClassifierFree, Guidance, get_sampler, schedule
 from octavo.sampling.flow import add_noise
 from octavo.sampling.noise import initial_noise
+from octavo.text.lora_tags import spoken
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +132,14 @@ def prepare(components: Components, job: Job, *, encode: Encode = encode) -> Tra
         scale=job.guidance_scale, rescale=job.guidance_rescale, start=job.guidance_start, end=job.guidance_end
     )
     guidance = Guidance(classifier_free=free, skip_layers=job.skip_layer_guidance)
+    stack = components.stack(job.loras)
+    text = components.text.adapted({kind: applied for kind, applied in stack.items() if kind != "mmdit"})
     negative = None
     if free.scale != 1 or get_sampler(job.sampler).needs_uncond:
-        negative = encode(components.text, job.negative_prompt, job.clip_skip).to(device, dtype)
-    positive = encode(components.text, job.prompt, job.clip_skip).to(device, dtype)
+        negative = encode(text, spoken(job.negative_prompt), job.clip_skip).to(device, dtype)
+    positive = encode(text, spoken(job.prompt), job.clip_skip).to(device, dtype)
     components.make_room_for(components.mmdit, *components.encoders)
-    return Track.of(positive, negative, guidance, job.shift)
+    return Track.of(positive, negative, guidance, job.shift, stack.get("mmdit", ()))
 
 
 @torch.inference_mode()

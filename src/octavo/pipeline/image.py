@@ -14,6 +14,7 @@ from typing import Any
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from octavo.errors import RequestError
+from octavo.text.lora_tags import as_tag
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 # A1111 counts EXIF text as Unicode when it starts with this.
@@ -120,7 +121,7 @@ def open_image(path: str | os.PathLike[str], *, max_pixels: int | None = None) -
 
 
 def a1111_parameters(settings: Settings) -> str:
-    """The settings as AUTOMATIC1111 writes them: prompt, negative prompt, then `Key: value` pairs on one line."""
+    """The settings as AUTOMATIC1111 writes them: prompt with its LoRAs, negative prompt, then pairs on one line."""
     pairs = {
         "Steps": settings.get("steps"),
         "Sampler": settings.get("sampler"),
@@ -135,7 +136,9 @@ def a1111_parameters(settings: Settings) -> str:
     }
     line = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in pairs.items() if value is not None)
     negative = settings.get("negative_prompt")
-    return "\n".join([settings["prompt"], *([f"Negative prompt: {negative}"] if negative else []), line])
+    tags = [as_tag(**lora) for lora in settings.get("loras", ())]
+    prompt = " ".join([settings["prompt"], *tags])
+    return "\n".join([prompt, *([f"Negative prompt: {negative}"] if negative else []), line])
 
 
 def _quoted(value: str) -> str:

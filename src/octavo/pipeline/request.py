@@ -14,16 +14,39 @@ from octavo.checkpoint.presets import Preset
 from octavo.errors import RequestError
 from octavo.sampling import get_sampler, get_schedule
 from octavo.sampling.guidance import SkipLayerGuidance
+from octavo.text.lora_tags import split_tags
 
 MAX_SEED = 2**64 - 1
+MAX_STRENGTH = 100.0  # of a LoRA, either sign
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """A LoRA by its name, and how strongly it acts; 0 is not at all."""
+
+    name: str
+    strength: float = 1.0
+    text_strength: float | None = None  # in the text encoders; None for the same
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise RequestError("A LoRA has no name; say which file is meant.")
+        for what, value in (("strength", self.strength), ("text strength", self.text_strength)):
+            _check(f"The {what} of the LoRA '{self.name}':", value, -MAX_STRENGTH, MAX_STRENGTH)
+
+    @property
+    def in_text(self) -> float:
+        """How strongly it acts in the text encoders."""
+        return self.strength if self.text_strength is None else self.text_strength
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
     """One prompt and how to draw it. `None` asks for what suits the model."""
 
-    prompt: str
+    prompt: str  # may ask for LoRAs, as <lora:name:0.8>; see `text.lora_tags`
     negative_prompt: str = ""
+    loras: tuple[Lora, ...] = ()  # beside those
     width: int | None = None  # pixels
     height: int | None = None  # pixels
     steps: int | None = None
@@ -55,6 +78,8 @@ class GenerateRequest:
         _check("denoise", self.denoise, 0, 1)
         _check("guidance_rescale", self.guidance_rescale, 0, 1)
         _check("clip_skip", self.clip_skip, 1, 32)
+        if split_tags(self.negative_prompt)[1]:
+            raise RequestError("A LoRA acts on the whole picture: ask for it in the prompt, not in the negative one.")
         if not 0 <= self.guidance_start < self.guidance_end <= 1:
             raise RequestError(
                 f"guidance from {self.guidance_start} to {self.guidance_end}: need 0 <= start < end <= 1."
@@ -74,7 +99,11 @@ class GenerateRequest:
     @property
     def settings(self) -> dict[str, Any]:
         """Plain data for JSON, without what was not asked; `from_settings` reads it back."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        plain = {key: value for key, value in asdict(self).items() if value not in (None, ())}
+        if self.loras:
+            each = (asdict(lora) for lora in self.loras)
+            plain["loras"] = [{key: value for key, value in lora.items() if value is not None} for lora in each]
+        return plain
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> "GenerateRequest":
@@ -95,6 +124,8 @@ class GenerateRequest:
             guidance = values.get("skip_layer_guidance")
             if guidance is not None:
                 values["skip_layer_guidance"] = SkipLayerGuidance(**{**guidance, "layers": tuple(guidance["layers"])})
+            if "loras" in values:
+                values["loras"] = tuple(Lora(**lora) for lora in values["loras"])
             return cls(**values)
         except (TypeError, KeyError, AttributeError) as error:
             raise RequestError(f"The settings cannot be read: {error}.") from error
@@ -127,7 +158,10 @@ def resolve(request: GenerateRequest, preset: Preset, *, model: str, max_side: i
     Raises:
         RequestError: an unknown sampler or schedule, or a size beyond the model.
     """
+    prompt, tags = split_tags(request.prompt)
     filled = {
+        "prompt": prompt,
+        "loras": (*request.loras, *(Lora(tag.name, tag.strength, tag.text_strength) for tag in tags)),
         "width": request.width or preset.width,
         "height": request.height or preset.height,
         "steps": request.steps or preset.steps,

@@ -27,6 +27,8 @@ from octavo.models import VAE, ClipConfig, MMDiT, MMDiTConfig, T5Config
 from octavo.pipeline.assemble import CALLED, EMBEDDED_MODEL, ENCODERS, format_called, load, text_encoders_of
 from octavo.pipeline.components import SPARE, Arithmetic, Components, Part, preview
 from octavo.pipeline.encode import Conditioning, TextEncoders, encode_tokens
+from octavo.pipeline.loras import Loras, Stack
+from octavo.pipeline.request import Lora
 from octavo.pipeline.text_cache import TextCache
 
 logger = logging.getLogger(__name__)
@@ -130,6 +132,7 @@ class Shelf:
         settings: how it loads.
         folders: where it looks for files.
         device, dtype: where and in which numbers its models work.
+        loras: LoRA files by name.
     """
 
     def __init__(self, settings: LoadSettings | None = None) -> None:
@@ -147,6 +150,8 @@ class Shelf:
             force=format_called(self.settings.force_fp8),
         )
         self._of_encoders = replace(self._arithmetic, force=format_called(self.settings.force_fp8_text_encoders))
+        # Names come over the network: nothing outside of the tree can be named.
+        self.loras = Loras(self.folders, paths=False)
         self._parts: OrderedDict[Hashable, Part[nn.Module]] = OrderedDict()
         self._made: dict[Hashable, Any] = {}
         self._lock = RLock()
@@ -160,7 +165,7 @@ class Shelf:
             As `octavo.load`.
         """
         path = EMBEDDED_MODEL if name is None else self.folders.find(name, *MODELS)
-        keywords = self.settings.keywords | {"make_part": self._part}
+        keywords = self.settings.keywords | {"make_part": self._part, "loras": self.loras}
         return cast(Components, self._once(("components", _stamp(path)), lambda: load(path, **keywords)))
 
     def checkpoint(self, name: str) -> tuple[Model, Clip | None, Vae | None]:
@@ -309,6 +314,18 @@ class Shelf:
 
         return self.texts.get(encoders, (texts, layer, skip_empty), make)
 
+    # LoRAs
+
+    def stack(self, lora: Lora, model: Model | None, clip: Clip | None) -> Stack:
+        """What a LoRA of the tree does to a model and to text encoders.
+
+        Raises:
+            ModelNotFoundError: there is no such file.
+            CheckpointError: it does not fit them.
+        """
+        parts = [] if model is None else [cast("Part[nn.Module]", model.part)]
+        return self.loras.stack([lora], [*parts, *(() if clip is None else clip.parts)])
+
     # What is there, and memory
 
     def names(self, category: str) -> list[str]:
@@ -332,6 +349,7 @@ class Shelf:
         for part in gone:
             part.release()
         self.texts.clear()
+        self.loras.release()
         return sum(part.nbytes for part in gone)
 
     def _part(

@@ -17,28 +17,30 @@ from torch import Tensor
 
 from octavo.fp8 import at_sigmas
 from octavo.models import MMDiT, Modulation
+from octavo.models.adapter import Applied, adapted
 from octavo.sampling.flow import timestep
 
 MAX_BYTES = 512 << 20  # four runs of SD3.5 Large in bfloat16: 28 steps of one prompt are 63 MB
 
 
-def make_table(mmdit: MMDiT, pooled: Tensor, sigmas: Sequence[float]) -> Modulation:
+def make_table(mmdit: MMDiT, pooled: Tensor, sigmas: Sequence[float], adapters: Applied = ()) -> Modulation:
     """The modulation of one prompt at every level, in one call.
 
     Args:
         pooled: [1, pooled width], on the model's device, in its dtype.
         sigmas: N levels.
+        adapters: that act on the model meanwhile.
 
     Returns:
         N rows.
     """
     timesteps = torch.tensor([timestep(sigma) for sigma in sigmas], dtype=torch.float32, device=pooled.device)
-    with at_sigmas(mmdit, sigmas):
+    with at_sigmas(mmdit, sigmas), adapted(mmdit, adapters):
         return mmdit.modulation(timesteps, pooled.expand(len(sigmas), -1))
 
 
 class Tables:
-    """Tables by model, prompt and levels; the least recently used leave when there are too many bytes of them.
+    """Tables by model, adapters, prompt and levels; the least recently used leave when they are too many bytes.
 
     Only for models whose weights stay as they are: after a change, `forget` them. Any thread may use it.
     """
@@ -52,10 +54,10 @@ class Tables:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, mmdit: MMDiT, pooled: Tensor, sigmas: Sequence[float]) -> Modulation:
+    def get(self, mmdit: MMDiT, pooled: Tensor, sigmas: Sequence[float], adapters: Applied = ()) -> Modulation:
         """`make_table`, unless it is here."""
         bits = pooled.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()
-        key = _Key(id(mmdit), hashlib.blake2b(bits).digest(), pooled.dtype, pooled.device, tuple(sigmas))
+        key = _Key(id(mmdit), hashlib.blake2b(bits).digest(), pooled.dtype, pooled.device, tuple(sigmas), adapters)
         with self._lock:
             entry = self._entries.get(key)
             if entry is not None:
@@ -63,7 +65,7 @@ class Tables:
                 self.hits += 1
                 return entry.table
             self.misses += 1
-        table = make_table(mmdit, pooled, sigmas)
+        table = make_table(mmdit, pooled, sigmas, adapters)
         nbytes = sum(each.nbytes for each in (*table.image, *table.context, table.final))
         if nbytes <= self.max_bytes:
             with self._lock:
@@ -100,6 +102,7 @@ class _Key(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     sigmas: tuple[float, ...]
+    adapters: Applied  # by identity; kept as long as the entry
 
 
 class _Entry(NamedTuple):

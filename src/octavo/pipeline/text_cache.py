@@ -34,10 +34,12 @@ class TextCache:
         """What `make` gave for this text and these encoders before, else gives now.
 
         Args:
-            encoders: those that `make` uses; another object is another key.
+            encoders: those that `make` uses; another object is another key, but for LoRAs on the same ones, which
+                count by themselves.
             text: all that the result depends on.
             make: encodes it; called without a lock held.
         """
+        text, encoders = (text, encoders.adapters), encoders.plain or encoders
         key = (id(encoders), text)
         with self._lock:
             if key in self._kept:
