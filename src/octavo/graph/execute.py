@@ -99,6 +99,7 @@ class _Run:
         self.waiting_for: dict[str, set[str]] = {}
         self.feeds: dict[str, list[str]] = {}
         self.uses: Counter[str] = Counter()
+        self.place: dict[str, int] = {}  # in the order in which nodes were found to be needed
         self.states: dict[str, dict[str, Any]] = {}
         self.executed: list[str] = []
         self.shown: dict[str, Any] = {}
