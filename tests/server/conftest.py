@@ -13,7 +13,6 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from octavo.engine.events import Task
-from octavo.engine.metrics import Metrics
 from octavo.pipeline.image import Picture
 from octavo.pipeline.request import GenerateRequest
 from octavo.pipeline.shelf import LoadSettings, Shelf
@@ -66,8 +65,9 @@ def jpeg(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def fake_load(settings: Settings, _metrics: Metrics) -> Works:
+def fake_load(state: State) -> Works:
     """Works without a model: everything is there at once, and "generate" is `draw_at_once`."""
+    settings = state.settings
     from octavo.graph.nodes import NODES
 
     def graph(_task: Task) -> Mapping[str, Any]:

@@ -13,12 +13,10 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from octavo.engine.metrics import Metrics
 from octavo.errors import CorruptFileError, RequestError
 from octavo.server import logs, pictures, run
 from octavo.server.run import Server, address_of, bind
-from octavo.server.settings import Settings
-from octavo.server.state import Works
+from octavo.server.state import State, Works
 from tests.server.conftest import Live, MakeServer, fake_load, listening, settings_in, until
 
 
@@ -26,9 +24,9 @@ def test_it_is_alive_before_it_is_ready(make_server: MakeServer) -> None:
     """Requests that need what is not there yet wait for it; the others are answered."""
     go = threading.Event()
 
-    def slowly(settings: Settings, metrics: Metrics) -> Works:
+    def slowly(state: State) -> Works:
         go.wait(20)
-        return fake_load(settings, metrics)
+        return fake_load(state)
 
     server = make_server(load=slowly)
     assert server.get("/health").json()["status"] == "ok"
@@ -41,7 +39,7 @@ def test_it_is_alive_before_it_is_ready(make_server: MakeServer) -> None:
 
 
 def test_what_cannot_be_loaded_ends_the_server_with_the_reason(tmp_path: Path) -> None:
-    def broken(_settings: Settings, _metrics: Metrics) -> Works:
+    def broken(_state: State) -> Works:
         raise CorruptFileError("model.safetensors is cut short.")
 
     settings = settings_in(tmp_path)
@@ -51,7 +49,7 @@ def test_what_cannot_be_loaded_ends_the_server_with_the_reason(tmp_path: Path) -
 
 
 def test_requests_that_wait_are_told_when_it_cannot_be_loaded(make_server: MakeServer) -> None:
-    def broken(_settings: Settings, _metrics: Metrics) -> Works:
+    def broken(_state: State) -> Works:
         time.sleep(0.1)
         raise CorruptFileError("model.safetensors is cut short.")
 
@@ -64,7 +62,7 @@ def test_requests_that_wait_are_told_when_it_cannot_be_loaded(make_server: MakeS
 def test_what_was_accepted_before_a_stop_is_done_after_the_next_start(tmp_path: Path) -> None:
     settings = settings_in(tmp_path, workers=1)
 
-    def never(_settings: Settings, _metrics: Metrics) -> Works:
+    def never(_state: State) -> Works:
         time.sleep(0.3)
         raise CorruptFileError("not this time")
 

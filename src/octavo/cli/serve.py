@@ -86,7 +86,7 @@ def serve(
         typer.Option(help="Pictures to start from, for ComfyUI (input/ in the data if unsaid).", rich_help_panel=FILES),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Requests under way at once (8 if unsaid).", rich_help_panel=LIMITS)
+        int | None, typer.Option(help="Requests under way at once (16 if unsaid).", rich_help_panel=LIMITS)
     ] = None,
     queue_limit: Annotated[
         int | None, typer.Option(help="Requests that may wait (1000 if unsaid).", rich_help_panel=LIMITS)

@@ -174,7 +174,8 @@ def _info(body: Drawing, stored: Stored, done: list[Made]) -> dict[str, Any]:
 
 @router.get("/progress")
 async def progress(request: Request, state: TheState, skip_current_image: bool = False) -> dict[str, Any]:
-    """How far the caller's oldest running request is, with its latest preview."""
+    """How far the caller's oldest running request is; from the second call on with its latest preview."""
+    state.glanced = time.monotonic()
     return await asyncio.to_thread(_progress, state, caller_of(request).name, skip_current_image)
 
 

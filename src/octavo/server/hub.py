@@ -5,6 +5,7 @@ follow its job; a follower that does not keep up loses previews and progress fir
 """
 
 import asyncio
+import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +18,14 @@ LONGEST = 256  # events kept for one follower
 
 
 class Follower:
-    """Events of one job, or of all, in order, for one reader."""
+    """Events of one job, or of all, in order, for one reader.
+
+    Attributes:
+        wants_previews: whether these are worth making for it.
+    """
 
     def __init__(self) -> None:
+        self.wants_previews = False
         self._events: deque[Event] = deque()
         self._arrived = asyncio.Event()
         self._passing = 0
@@ -52,12 +58,13 @@ class Follower:
 
 
 class Hub:
-    """Who follows which job. All methods but `publish` belong to the event loop.
+    """Who follows which job. All methods but `publish` and `watched` belong to the event loop.
 
     A follower that nobody holds any more is forgotten by itself.
     """
 
     def __init__(self) -> None:
+        self._turn = threading.Lock()  # for the sets of followers, which `watched` reads in other threads
         self._loop: asyncio.AbstractEventLoop | None = None
         self._of: dict[str, WeakSet[Follower]] = {}
         self._of_all: WeakSet[Follower] = WeakSet()
@@ -86,6 +93,7 @@ class Hub:
     def follow(self, job: str | None = None) -> Iterator[Follower]:
         """The events of a job, or of all jobs, from now on."""
         follower = Follower()
+        follower.wants_previews = True
         self.add(job, follower)
         try:
             yield follower
@@ -94,14 +102,21 @@ class Hub:
 
     def add(self, job: str | None, follower: Follower) -> None:
         """Let `follower` have the events of a job, or of all."""
-        (self._of_all if job is None else self._of.setdefault(job, WeakSet())).add(follower)
+        with self._turn:
+            (self._of_all if job is None else self._of.setdefault(job, WeakSet())).add(follower)
 
     def drop(self, job: str | None, follower: Follower) -> None:
         """Let it have no more of them."""
-        followers = self._of_all if job is None else self._of.get(job, WeakSet())
-        followers.discard(follower)
-        if job is not None and not followers:
-            self._of.pop(job, None)
+        with self._turn:
+            followers = self._of_all if job is None else self._of.get(job, WeakSet())
+            followers.discard(follower)
+            if job is not None and not followers:
+                self._of.pop(job, None)
+
+    def watched(self, job: str) -> bool:
+        """Whether any follower of a job wants previews of it."""
+        with self._turn:
+            return any(each.wants_previews for each in (*self._of.get(job, ()), *self._of_all))
 
     def listen(self, handler: Callable[[Event], None]) -> Callable[[], None]:
         """Call `handler` in the loop with every event; returns how to stop it."""
@@ -112,6 +127,7 @@ class Hub:
         for follower in (*self._of.get(event.job, ()), *self._of_all):
             follower.put(event)
         if event.type in LAST:
-            self._of.pop(event.job, None)
+            with self._turn:
+                self._of.pop(event.job, None)
         for handler in tuple(self._handlers):
             handler(event)

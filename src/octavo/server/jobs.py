@@ -109,6 +109,7 @@ async def submit(
     *,
     api: Api,
     id: str | None = None,
+    previews: bool = False,
     **more: Any,
 ) -> Accepted:
     """Put a job into the queue, on disk, for whoever sent the request.
@@ -119,6 +120,7 @@ async def submit(
         payload: plain data for its runner.
         api: which door it came through.
         id: to give it; a new one if None.
+        previews: whether its events are wanted with previews.
         more: for `Service.submit`, such as `front`.
 
     Raises:
@@ -129,6 +131,7 @@ async def submit(
     key, deadline = idempotency_key(connection), deadline_of(connection, state.settings.job_timeout)
     id = id or uuid.uuid4().hex
     with_follower = Follower()
+    with_follower.wants_previews = previews
     state.events.add(id, with_follower)
     try:
         stored = await asyncio.to_thread(

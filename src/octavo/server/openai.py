@@ -146,7 +146,9 @@ async def _ordered(
             wishes["mask"] = await asyncio.to_thread(pictures.keep_upload, prepared.mask, state.settings.uploads)
         asked = pictures.request_of(wishes, state.settings)
     payload = pictures.payload_of(asked, model, body.form)
-    return Order(body, await jobs.submit(request, state, "generate", payload, api="openai"), prepared)
+    previews = bool(body.stream and body.partial_images)
+    job = await jobs.submit(request, state, "generate", payload, api="openai", previews=previews)
+    return Order(body, job, prepared)
 
 
 def suited(size: tuple[int, int], pixels: int) -> tuple[int, int]:

@@ -48,7 +48,7 @@ class Settings:
     data_dir: Path = Path("data")  # queue, keys, uploads, what users keep
     output_dir: Path = Path("output")  # pictures
     input_dir: Path | None = None  # pictures to start from; None for `input` in the data folder
-    workers: int = 8  # requests under way at once
+    workers: int = 16  # requests under way at once
     queue_limit: int = 1000  # requests waiting, after which new ones are refused
     max_pixels: int = 2048 * 2048  # of a picture to draw
     max_upload_pixels: int = 50_000_000  # of a picture that is sent

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import shutil
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PATIENCE = 60.0  # seconds that a request waits for the imports
+GLANCE = 15.0  # seconds for which previews are made after A1111's progress was asked for
 TIDYING = 3600.0  # seconds between looks at what is not needed any more
 STOPPING = 10.0  # seconds that work under way has to end when the server stops
 
@@ -53,7 +55,7 @@ class Works:
     close: Callable[[], None]
 
 
-Load = Callable[[Settings, Metrics], Works]
+Load = Callable[["State"], Works]
 
 
 class State:
@@ -68,6 +70,7 @@ class State:
         keys: who may come in.
         stage: what the server is doing on its way to being ready, for people.
         problem: why it never will be, or None.
+        glanced: when A1111's progress was last asked for, by `time.monotonic`.
         leaving: set when the server begins to stop.
         a1111: options that A1111's clients have set, by caller.
         links: addresses of pictures that open without a key.
@@ -92,6 +95,7 @@ class State:
         self.service.subscribe(self.events.publish)
         self.a1111: dict[str, dict[str, Any]] = {}
         self.links = Links()
+        self.glanced = float("-inf")
         self.stage = "starting"
         self.problem: OctavoError | None = None
         self.failed: Callable[[], None] = lambda: None  # called in the loop when `problem` is set
@@ -129,6 +133,10 @@ class State:
     @property
     def is_ready(self) -> bool:
         return self._ready.is_set() and self.problem is None
+
+    def watched(self, job: str) -> bool:
+        """Whether previews of a job are worth making; any thread may ask."""
+        return self.events.watched(job) or time.monotonic() - self.glanced < GLANCE
 
     async def until_started(self) -> Works:
         """Wait until requests can be checked and accepted.
@@ -170,7 +178,7 @@ class State:
     def _bring_up(self) -> None:
         try:
             self.stage = "importing torch"
-            works = self._load(self.settings, self.metrics)
+            works = self._load(self)
             with self._turn:
                 if self._stopping:
                     works.close()
@@ -242,7 +250,7 @@ class State:
         return run
 
 
-def load_works(settings: Settings, metrics: Metrics) -> Works:
+def load_works(state: State) -> Works:
     """Import torch and all that needs it, and look at the model's header.
 
     Raises:
@@ -250,7 +258,7 @@ def load_works(settings: Settings, metrics: Metrics) -> Works:
     """
     from octavo.server import works
 
-    return works.load(settings, metrics)
+    return works.load(state)
 
 
 def the_state(connection: HTTPConnection) -> State:

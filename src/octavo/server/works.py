@@ -1,24 +1,27 @@
 """All of a server that needs torch, put together. Imported in the background, see `state`."""
 
+from octavo.devices import keep_freed_memory
 from octavo.engine.batch import Batcher
 from octavo.engine.drawing import drawing
-from octavo.engine.metrics import Metrics, fp8_layers
+from octavo.engine.metrics import fp8_layers
 from octavo.graph.nodes import NODES
 from octavo.graph.runner import Workshop, graph_runner
 from octavo.pipeline.shelf import LoadSettings, Shelf
-from octavo.server.settings import Settings
-from octavo.server.state import Works
+from octavo.server.state import State, Works
 
 
-def load(settings: Settings, metrics: Metrics) -> Works:
+def load(state: State) -> Works:
     """The shelf, the batcher, and who runs what.
 
     Raises:
         OctavoError: no such model or device, a file that cannot be used.
     """
+    settings, metrics = state.settings, state.metrics
     loading = {**settings.loading, "text_encoders": tuple(settings.loading.get("text_encoders", ()))}
     shelf = Shelf(LoadSettings(models_dir=settings.models_dir, **loading))
     components = shelf.components(settings.model)
+    if shelf.device.type == "cpu":
+        keep_freed_memory()
     batcher = Batcher(metrics=metrics, relief=shelf.free)
     metrics.watch_fp8(lambda: fp8_layers(model for part in shelf.loaded if (model := part.in_memory) is not None))
 
@@ -36,7 +39,7 @@ def load(settings: Settings, metrics: Metrics) -> Works:
         on_device=batcher.do,
         max_pixels=settings.max_pixels,
     )
-    draw = drawing(shelf, batcher, settings.output_dir, model=settings.model, metrics=metrics)
+    draw = drawing(shelf, batcher, settings.output_dir, model=settings.model, metrics=metrics, watched=state.watched)
     return Works(
         shelf=shelf,
         batcher=batcher,

@@ -6,18 +6,17 @@ from typing import Any
 
 from starlette.testclient import TestClient
 
-from octavo.engine.metrics import Metrics
-from octavo.server.settings import Settings
 from octavo.server.state import State, Works
 from tests.server.conftest import until
 
 
-def graph_load(settings: Settings, _metrics: Metrics) -> Works:
+def graph_load(state: State) -> Works:
     """Works whose "graph" jobs are ComfyUI workflows."""
     from octavo.graph.nodes import NODES
     from octavo.graph.runner import Workshop, graph_runner
     from octavo.pipeline.shelf import LoadSettings, Shelf
 
+    settings = state.settings
     shelf = Shelf(LoadSettings(models_dir=settings.models_dir, device="cpu"))
     device = threading.RLock()
 
