@@ -182,6 +182,12 @@ def test_the_button_for_uploads_is_no_value():
     assert _inputs(page) == {"1": {"image": "example.png"}}
 
 
+def test_the_microphone_of_an_extension_is_no_value():
+    page = _page(_node(1, "Text", values=["a fox", [False, True]]), links=[])
+
+    assert _inputs(page) == {"1": {"text": "a fox"}}
+
+
 def test_missing_values_take_their_defaults():
     page = _page(_node(1, "Sample", values=[3]), _node(2, "Load"), links=[])
 

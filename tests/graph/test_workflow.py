@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.graph.spec import NodeSpec
+from octavo.graph.spec import INT, NodeSpec, node
 from octavo.graph.workflow import InvalidPrompt, Link, validate
 from tests.goldens import golden
 from tests.graph.compare import FixedLists, declared, recorded_nodes
 from tests.graph.toys import IMAGE_PROMPT, TOYS
 
+SEED = INT(0, min=0, max=100, control_after_generate=True)
 LISTS = FixedLists(checkpoints=["tiny.safetensors"], input=["example.png"])
 
 
@@ -153,12 +154,25 @@ def test_what_web_pages_add_to_nodes_is_tolerated():
     prompt = {
         "1": {"class_type": "LoadToy", "inputs": {"image": "example.png", "upload": "image"}, "is_changed": ["ab12"]},
         "2": {**IMAGE_PROMPT["2"], "_meta": {"title": "Keep"}},
+        "3": {"class_type": "Show", "inputs": {"text": "x", "speak_and_recognation": {"__value__": [False, True]}}},
+        "4": {"class_type": "Seeded", "inputs": {"seed": 5, "control_after_generate": "randomize"}},
     }
+    seeded = node("Seeded", category="", inputs={"seed": SEED}, outputs=(), output_node=True)(lambda _: ())
 
-    workflow = validate(prompt, TOYS, LISTS)
+    workflow = validate(prompt, {**TOYS, "Seeded": seeded}, LISTS)
 
     assert dict(workflow.nodes["1"].inputs) == {"image": "example.png"}
+    assert dict(workflow.nodes["4"].inputs) == {"seed": 5}
     assert workflow.nodes["2"].title == "Keep"
+
+
+@pytest.mark.parametrize("name", ["upload", "control_after_generate"])
+def test_it_is_tolerated_only_where_pages_add_it(name):
+    prompt = {"3": {"class_type": "Show", "inputs": {"text": "x", name: "image"}}}
+
+    _, answer = _answer(prompt, TOYS)
+
+    assert answer["node_errors"]["3"]["errors"][0]["type"] == "unknown_input"
 
 
 def test_an_input_added_later_takes_its_default_and_an_old_one_is_missed():

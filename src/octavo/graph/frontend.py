@@ -19,6 +19,7 @@ from octavo.graph.workflow import InvalidPrompt, check_depth
 MUTED, BYPASSED = 2, 4
 NOTES = ("Note", "MarkdownNote")
 CONTROLS = ("fixed", "increment", "increment-wrap", "decrement", "randomize")  # what to do with a seed after a run
+IDLE = (None, "", [False, True])  # values of widgets that do nothing; the last is an extension's microphone
 SUBGRAPH_INPUT, SUBGRAPH_OUTPUT = -10, -20  # the ids of a subgraph's own ends
 DEEPEST = 16  # subgraphs in each other
 MOST_NODES = 10_000  # once all subgraphs are unfolded
@@ -368,7 +369,7 @@ def _widget_values(node: _Node, spec: NodeSpec, id: str, lists: Lists) -> dict[s
             left.pop(0)
         if "image_upload" in each.options and left and left[0] in ("image", None, ""):
             left.pop(0)  # the button
-    if widgets and any(value not in (None, "") for value in left):
+    if widgets and any(value not in IDLE for value in left):
         details = f"node {id} ({node.type}) has {len(widgets)} values here; {shortened(left, 80)} is left over"
         raise InvalidPrompt(fault("invalid_workflow", "A node has values that Octavo does not know of", details))
     return {**defaults, **given}

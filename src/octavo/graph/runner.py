@@ -22,6 +22,7 @@ from octavo.graph.nodes import NODES
 from octavo.graph.places import inside
 from octavo.graph.spec import NodeSpec
 from octavo.graph.workflow import Workflow, validate
+from octavo.pipeline.pace import SHARE, Pace
 from octavo.pipeline.run import Solve, solve
 
 if TYPE_CHECKING:
@@ -165,14 +166,18 @@ class Task(Protocol):
         ...
 
 
-def graph_runner(workshop: Workshop, *, preview_interval: float = PREVIEW_INTERVAL) -> Callable[[Task], Record]:
+def graph_runner(
+    workshop: Workshop, *, preview_interval: float = PREVIEW_INTERVAL, preview_share: float = SHARE
+) -> Callable[[Task], Record]:
     """The runner of jobs of the kind "graph".
 
     A job's payload is {"prompt": the workflow in the API format, "extra_data": {…}, "client_id": str or None,
     "targets": ids of output nodes or None}. It emits ComfyUI's messages as "comfy" {"type", "data"}, previews as
     "preview" with a picture, in the order recorded from ComfyUI, and "stage" and "progress" as all runners do. Previews
-    are made for those who gave a client id and did not set the `preview_method` "none".
+    are made for those who gave a client id and did not set the `preview_method` "none"; those of all jobs together take
+    no more than `preview_share` of the time.
     """
+    pace = Pace(preview_share)
 
     def run(task: Task) -> Record:
         payload = task.job.payload
@@ -184,7 +189,7 @@ def graph_runner(workshop: Workshop, *, preview_interval: float = PREVIEW_INTERV
         return run_prompt(
             workshop,
             workflow,
-            _Teller(task, workflow, preview_interval if wanted else None),
+            _Teller(task, workflow, preview_interval if wanted else None, pace),
             prompt_id=task.job.id,
             extra_pnginfo=pnginfo if isinstance(pnginfo, Mapping) else {},
             check=task.check,
@@ -197,8 +202,8 @@ def graph_runner(workshop: Workshop, *, preview_interval: float = PREVIEW_INTERV
 class _Teller:
     """Passes messages on to those who follow a job."""
 
-    def __init__(self, task: Task, workflow: Workflow, preview_interval: float | None) -> None:
-        self._task, self._workflow = task, workflow
+    def __init__(self, task: Task, workflow: Workflow, preview_interval: float | None, pace: Pace) -> None:
+        self._task, self._workflow, self._pace = task, workflow, pace
         self._interval, self._last = preview_interval, float("-inf")
 
     def __call__(self, type: str, data: dict[str, Any]) -> None:
@@ -218,8 +223,10 @@ class _Teller:
         final = getattr(image, "format", None) == "PNG"
         if not final and (self._interval is None or now - self._last < self._interval):
             return
+        picture: Image | None = self._pace(image) if callable(image) else image
+        if picture is None:
+            return
         self._last = now
-        picture: Image = image() if callable(image) else image
         kind, binary = encoded(picture)
         size = {"width": picture.width, "height": picture.height}
         self._task.emit("preview", {**data, **size, "image_type": kind}, binary)

@@ -19,8 +19,11 @@ from octavo.graph.spec import Input, Lists, NodeSpec
 from octavo.graph.values import Fault, check, fault, shortened
 
 Prompt = Mapping[str, Any]
-# What older web pages wrote among the inputs of nodes that upload files; it says nothing about the picture.
+# What web pages and those who imitate them write among the inputs though it says nothing about the picture: the button
+# of nodes that upload files, what becomes of a seed after the run, the microphone of a widespread extension.
 UPLOAD_BUTTONS = ("upload", "choose file to upload")
+SEED_CONTROL = "control_after_generate"
+MICROPHONE = "speak_and_recognation"
 DEEPEST = 64  # brackets
 MOST_FAULTS = 20  # unknown inputs of one node that are named
 
@@ -371,9 +374,12 @@ class _Checker:
 
     def _unknown(self, spec: NodeSpec, inputs: Mapping[str, Any]) -> Iterable[Fault]:
         """An input that the node does not have is a misunderstanding; ComfyUI passes over it without a word."""
-        uploads = any("image_upload" in wanted.options for wanted in spec.inputs.values())
+        idle = {MICROPHONE}
+        for wanted in spec.inputs.values():
+            idle |= {*UPLOAD_BUTTONS} if "image_upload" in wanted.options else set()
+            idle |= {SEED_CONTROL} if SEED_CONTROL in wanted.options else set()
         for name, value in inputs.items():
-            if name in spec.inputs or (uploads and name in UPLOAD_BUTTONS):
+            if name in spec.inputs or name in idle:
                 continue
             known = [each for each, wanted in spec.inputs.items() if wanted.section != "hidden"]
             hint = did_you_mean(name, known) or f" It has: {', '.join(known) or 'none'}."
