@@ -1,4 +1,6 @@
 # make demo    a picture from the embedded model:  make demo PROMPT="a red star on white"
+# make serve   the server: a page, ComfyUI's, AUTOMATIC1111's and OpenAI's APIs
+# make comfyui adds ComfyUI's own page to the server, at /comfy
 # make test    the tests
 # make check   ruff, mypy, import contracts
 # make bench   benchmarks, JSON into runs/bench
@@ -11,10 +13,15 @@ BIN := $(VENV)/bin
 # The one command that builds the environment; stamps make a second run instant.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check bench clean
+.PHONY: demo serve comfyui test check bench clean
 
 demo: $(VENV)/.core
 	@$(BIN)/octavo generate "$(PROMPT)"
+
+serve: $(VENV)/.core
+	@$(BIN)/octavo serve
+
+comfyui: $(VENV)/.comfyui
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q
@@ -42,6 +49,10 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: $(VENV)/.core
 	@$(INSTALL) -e ".[dev]"
+	@touch $@
+
+$(VENV)/.comfyui: $(VENV)/.core
+	@$(INSTALL) -e ".[comfyui]"
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.dev
