@@ -88,17 +88,13 @@ class Client:
     def __init__(self, port: int) -> None:
         self.id = uuid.uuid4().hex
         self._http = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+        self._used = perf_counter()
         self._socket: ClientConnection = connect(f"ws://127.0.0.1:{port}/ws?clientId={self.id}", max_size=None)
 
     def send(self, workflow: dict[str, Any]) -> str:
         """Queue a workflow; returns its id."""
-        body = json.dumps({"prompt": workflow, "client_id": self.id})
-        self._http.request("POST", "/prompt", body, {"Content-Type": "application/json"})
-        response = self._http.getresponse()
-        answer = json.loads(response.read())
-        if response.status != 200:
-            raise RuntimeError(f"The workflow was refused: {answer}")
-        return str(answer["prompt_id"])
+        answer = self._ask("/prompt", {"prompt": workflow, "client_id": self.id})
+        return str(json.loads(answer)["prompt_id"])
 
     def ended(self, ids: Sequence[str]) -> dict[str, float]:
         """Wait until all of these have ended well; when each did, by `perf_counter`."""
@@ -116,17 +112,30 @@ class Client:
 
     def cancel(self, ids: Sequence[str]) -> None:
         """Take back what waits, stop what runs, and wait until the server has nothing to do."""
-        for path, body in [("/queue", {"delete": list(ids)}), *(("/interrupt", {"prompt_id": each}) for each in ids)]:
-            self._http.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-            self._http.getresponse().read()
+        self._ask("/queue", {"delete": list(ids)})
+        for each in ids:
+            self._ask("/interrupt", {"prompt_id": each})
         while True:
-            self._http.request("GET", "/queue")
-            queue = json.loads(self._http.getresponse().read())
+            queue = json.loads(self._ask("/queue"))
             if not queue["queue_running"] and not queue["queue_pending"]:
                 return
             time.sleep(0.02)
 
+    def _ask(self, path: str, body: object = None) -> bytes:
+        """POST where there is a body, else GET; the answer's body."""
+        if perf_counter() - self._used > 2:  # the server closes a connection that is idle
+            self._http.close()
+        method, headers = ("GET", {}) if body is None else ("POST", {"Content-Type": "application/json"})
+        self._http.request(method, path, None if body is None else json.dumps(body), headers)
+        response = self._http.getresponse()
+        answer = response.read()
+        self._used = perf_counter()
+        if response.status != 200:
+            raise RuntimeError(f"{path} was refused: {answer.decode()}")
+        return answer
+
     def close(self) -> None:
+        """Leave."""
         self._socket.close()
         self._http.close()
 

@@ -192,7 +192,7 @@ def test_previews_are_made_for_those_who_look(
     shelf: Shelf, batcher: Batcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drawing_module, "PREVIEW_SECONDS", 0.0)
-    looking = drawing(shelf, batcher, tmp_path)
+    looking = drawing(shelf, batcher, tmp_path, preview_share=1.0)
     task = task_of(REQUEST, preview_every=2)
     looking(cast(Task, task))
     previews = [(data, binary) for type, data, binary in task.events if type == "preview"]

@@ -76,7 +76,7 @@ def _task(**payload: Any) -> Task:
 def test_a_job_is_told_and_recorded(workshop):
     task = _task(extra_data={"extra_pnginfo": {"workflow": "drawn"}})
 
-    record = graph_runner(workshop, preview_interval=0)(task)
+    record = graph_runner(workshop, preview_interval=0, preview_share=1)(task)
 
     step = ["progress_state", "preview", "progress", "progress"]  # ComfyUI's and the engine's own
     node = ["progress_state", "executing", "stage"]
@@ -99,7 +99,7 @@ def test_a_job_is_told_and_recorded(workshop):
 def test_previews_are_small_pictures_with_their_node(workshop):
     task = _task()
 
-    graph_runner(workshop, preview_interval=0)(task)
+    graph_runner(workshop, preview_interval=0, preview_share=1)(task)
 
     previews = [(data, binary) for type, data, binary in task.told if type == "preview"]
     assert [data for data, _ in previews] == 2 * [
@@ -124,7 +124,7 @@ def test_previews_are_small_pictures_with_their_node(workshop):
 def test_nobody_is_sent_previews_unasked(workshop, payload):
     task = _task(**payload)
 
-    graph_runner(workshop, preview_interval=0)(task)
+    graph_runner(workshop, preview_interval=0, preview_share=1)(task)
 
     assert "preview" not in task.types
     assert task.types.count("progress") == 4

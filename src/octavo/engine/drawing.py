@@ -36,6 +36,7 @@ from octavo.pipeline.components import Components
 from octavo.pipeline.encode import Conditioning, TextEncoders
 from octavo.pipeline.generate import Progress, draw, prepare
 from octavo.pipeline.image import Picture, part_of
+from octavo.pipeline.pace import SHARE, Pace
 from octavo.pipeline.request import GenerateRequest, resolve
 from octavo.pipeline.shelf import Shelf
 
@@ -52,6 +53,7 @@ def drawing(
     model: str | None = None,
     metrics: Metrics | None = None,
     watched: Callable[[str], bool] = lambda _job: True,
+    preview_share: float = SHARE,
 ) -> Callable[[Task], dict[str, Any]]:
     """The runner for jobs of the kind "generate".
 
@@ -62,8 +64,9 @@ def drawing(
         model: draws where a job names none; None for the embedded one.
         metrics: counts seconds by stage.
         watched: whether anyone wants previews of the job with this id.
+        preview_share: the most of the time that the previews of all jobs together may take.
     """
-    numbers = _Numbers(output_dir)
+    numbers, pace = _Numbers(output_dir), Pace(preview_share)
 
     def run(task: Task) -> dict[str, Any]:
         start = monotonic()
@@ -72,7 +75,7 @@ def drawing(
         files = _Files(task, numbers, payload.get("prefix", "octavo"), payload.get("format", "png"))
         components = shelf.components(payload.get("model") or model)
         job = resolve(request, components.preset, model=components.name, max_side=components.max_side)
-        tell = _Teller(task, components, job.batch, _whole_number(payload, "preview_every", 1), watched)
+        tell = _Teller(task, components, job.batch, _whole_number(payload, "preview_every", 1), watched, pace)
 
         def encode(encoders: TextEncoders, prompt: str, clip_skip: int) -> Conditioning:
             return shelf.encode(encoders, prompt, clip_skip=clip_skip)
@@ -137,10 +140,16 @@ class _Teller:
     """Tells the task how its pictures come along, and ends them where the job is to stop. Called from many threads."""
 
     def __init__(
-        self, task: Task, components: Components, pictures: int, preview_every: int, watched: Callable[[str], bool]
+        self,
+        task: Task,
+        components: Components,
+        pictures: int,
+        preview_every: int,
+        watched: Callable[[str], bool],
+        pace: Pace,
     ) -> None:
         self._task, self._components = task, components
-        self._every, self._watched = preview_every, watched
+        self._every, self._watched, self._pace = preview_every, watched, pace
         self._lock = threading.Lock()
         self._steps = [0] * pictures
         self._stage = ""
@@ -159,25 +168,25 @@ class _Teller:
             if progress.stage == "denoise":
                 self._steps[progress.picture] = progress.step
                 self._task.emit("progress", {"value": sum(self._steps), "max": progress.steps * len(self._steps)})
-        if progress.denoised is not None and self._due(progress.step):
-            image = _look(self._components, progress.denoised)
-            self._task.emit(
-                "preview", {"width": image.width, "height": image.height, "picture": progress.picture}, _jpeg(image)
-            )
+        self._show(progress)
 
     def stop(self) -> None:
         """End the pictures that are still under way."""
         self._stopped = True
 
-    def _due(self, step: int) -> bool:
-        if not self._every or step % self._every:
-            return False
-        with self._lock:
-            now = monotonic()
-            if now - self._previewed < PREVIEW_SECONDS or not self._watched(self._task.job.id):
-                return False
+    def _show(self, progress: Progress) -> None:
+        """A preview, if it is time for one and somebody looks."""
+        denoised, now = progress.denoised, monotonic()
+        if denoised is None or not self._every or progress.step % self._every:
+            return
+        if now - self._previewed < PREVIEW_SECONDS or not self._watched(self._task.job.id):
+            return
+        image = self._pace(lambda: _look(self._components, denoised))
+        if image is not None:
             self._previewed = now
-        return True
+            self._task.emit(
+                "preview", {"width": image.width, "height": image.height, "picture": progress.picture}, _jpeg(image)
+            )
 
 
 class _Numbers:
