@@ -1,5 +1,6 @@
 """Results are kept within bounds, and work that several want at once is done once."""
 
+import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -166,3 +167,27 @@ def test_two_runs_at_once_share_the_work_but_not_the_files():
 
     assert len(made) == 1
     assert saved == [["picture"], ["picture"]]
+
+
+def test_many_threads_keep_the_books_straight():
+    """Whatever they put, take and drop at once: within bounds, and the bytes are those of what is there."""
+    cache, begun = Cache(max_bytes=20_000, max_entries=15), threading.Barrier(4)
+
+    def use(seed: int) -> None:
+        lot = random.Random(seed)
+        begun.wait(10)
+        for _ in range(400):
+            key = str(lot.randrange(30))
+            size = 100 * (1 + int(key))
+            got = cache.compute(key, lambda size=size: _result(size), lambda: None)
+            assert got == _result(size)
+            if lot.random() < 0.2:
+                cache.drop(str(lot.randrange(30)))
+
+    with ThreadPoolExecutor(4) as pool:
+        for each in [pool.submit(use, seed) for seed in range(4)]:
+            each.result(30)
+
+    left = [cache.get(str(number)) for number in range(30)]
+    assert cache.bytes == sum(result.size for result in left if result is not None) <= 20_000
+    assert 0 < len(cache) <= 15
