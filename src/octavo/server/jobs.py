@@ -67,6 +67,8 @@ class Accepted:
         finally:
             for each in watching:
                 each.cancel()
+            # Where the job was over before we followed it, nothing else would take the follower away.
+            self._state.events.drop(self.id, self._follower)
             if not (self._over or self._keep or leaving.is_set()):
                 await asyncio.shield(asyncio.to_thread(self._state.service.cancel, self.id))
 
@@ -126,6 +128,7 @@ async def submit(
     Raises:
         QueueFullError: too many wait.
         RequestError: the idempotency key stands for another request; a header makes no sense.
+        DeadlineExceededError: its time was up before it was in the queue.
     """
     caller = caller_of(connection)
     key, deadline = idempotency_key(connection), deadline_of(connection, state.settings.job_timeout)
@@ -146,8 +149,13 @@ async def submit(
             idempotency_key=key,
             **more,
         )
-    except BaseException:
+    except BaseException as error:
         state.events.drop(id, with_follower)
+        if isinstance(error, errors.RequestError) and deadline is not None and time.time() >= deadline:
+            # Busy as we are, the time was up before the queue had it.
+            raise errors.DeadlineExceededError(
+                "Its deadline passed before it was in the queue. Allow more time."
+            ) from error
         raise
     if stored.id != id:
         # Sent before, with the same key: follow that one.
