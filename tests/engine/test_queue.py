@@ -254,6 +254,16 @@ def test_what_finished_before_it_noticed_is_done(queue: QuickQueue) -> None:
     assert finished.state == "done"
 
 
+def test_what_was_being_cancelled_does_not_go_back_to_the_queue(queue: QuickQueue) -> None:
+    id = queue.submit("fake", {}).id
+    claimed(queue)
+    queue.cancel(id)
+    stored = queue.requeue(id)
+    assert stored is not None
+    assert (stored.state, stored.cancelling) == ("cancelled", False)
+    assert queue.claim() is None
+
+
 def test_only_a_running_request_ends_or_makes_files(queue: QuickQueue, tmp_path: Path) -> None:
     id = queue.submit("fake", {}).id
     for act in (lambda: queue.finish(id, {}), lambda: queue.fail(id, {}), lambda: queue.requeue(id)):

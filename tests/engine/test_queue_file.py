@@ -79,6 +79,20 @@ def test_a_damaged_file_is_named_and_left_as_it_is(tmp_path: Path, damage: Any) 
     assert path.read_bytes() == before
 
 
+def test_damage_far_from_what_opening_reads_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "queue.sqlite3"
+    queue = quick(tmp_path)
+    for n in range(40):
+        queue.submit("fake", {"text": "x" * 500, "n": n})
+    queue.close()
+    page = path.read_bytes().index(b'"n":20') // 4096
+    with path.open("r+b") as file:
+        file.seek(page * 4096 + 3)  # where the page says how many rows it has
+        file.write(b"\x7f\xff")
+    with pytest.raises(QueueFileError, match="is damaged"):
+        quick(tmp_path)
+
+
 def test_another_programs_database_is_not_touched(tmp_path: Path) -> None:
     path = tmp_path / "queue.sqlite3"
     with sqlite3.connect(path) as db:

@@ -2,6 +2,7 @@
 
 import heapq
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from hypothesis import given
@@ -133,4 +134,32 @@ def test_a_small_request_does_not_wait_for_anothers_hundred(tmp_path: Path) -> N
     turn = queue.claim()
     assert turn is not None
     assert turn.id == late
+    queue.close()
+
+
+def test_only_what_still_runs_counts_as_running(tmp_path: Path) -> None:
+    """However a request ended, its client's place is free again."""
+    clock = Clock()
+    queue = quick(tmp_path, clock)
+    for client in ("ended", "busy"):
+        for n in range(5):
+            queue.submit("fake", {}, id=f"{client} {n}", client=client)
+    ends: list[Callable[[str], object]] = [
+        lambda id: queue.finish(id, {}),
+        lambda id: queue.fail(id, {"type": "X", "message": "no"}),
+        queue.end_cancelled,
+        queue.requeue,
+    ]
+    for end in ends:
+        one, other = queue.claim(), queue.claim()
+        assert one is not None
+        assert other is not None
+        mine, others = (one, other) if one.client == "ended" else (other, one)
+        assert (mine.client, others.client) == ("ended", "busy")
+        end(mine.id)
+        turn = queue.claim()
+        assert turn is not None
+        assert turn.client == "ended", "none of its requests runs, and one of the other's does"
+        for id in (turn.id, others.id):
+            queue.requeue(id)
     queue.close()

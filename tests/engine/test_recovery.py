@@ -232,6 +232,19 @@ def test_a_file_that_is_there_is_nobodys_to_remove(tmp_path: Path) -> None:
     queue.close()
 
 
+def test_a_name_is_free_again_after_its_file_is_gone(tmp_path: Path) -> None:
+    queue = quick(tmp_path)
+    path = tmp_path / "a.png"
+    for id in "ab":
+        queue.submit("fake", {}, id=id)
+        queue.claim()
+        queue.note_file(id, path)
+        path.write_text(id)
+        queue.finish(id, {})
+        path.unlink()
+    queue.close()
+
+
 def test_a_file_that_cannot_be_removed_is_logged_and_holds_nothing_up(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

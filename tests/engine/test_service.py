@@ -68,6 +68,24 @@ def test_many_at_once_are_each_told_of_in_order(queue: Queue) -> None:
         assert (events[0].type, events[-1].type) == ("queued", "finished")
 
 
+def test_a_worker_that_is_quicker_than_the_announcement_waits_for_it(queue: Queue) -> None:
+    gate, events = Gate(), list[Event]()
+
+    def slow(event: Event) -> None:
+        if event.type == "queued" and event.job != first:
+            gate.open.set()  # the only worker is free now, and takes the request before its announcement is over
+            time.sleep(0.1)
+        events.append(event)
+
+    with serving(queue, workers=1, gate=gate) as service:
+        first = service.submit("gate", {}).id
+        gate.wait_for(1)
+        service.subscribe(slow)
+        second = service.submit("steps", {}).id
+        over(service, second)
+    assert [event.type for event in events if event.job == second][:2] == ["queued", "started"]
+
+
 def test_no_more_run_at_once_than_there_are_workers(queue: Queue) -> None:
     gate = Gate()
     with serving(queue, workers=3, gate=gate) as service:
@@ -154,6 +172,27 @@ def test_waiting_ends_with_the_request_or_the_time(queue: Queue) -> None:
         eventually(lambda: called == [done])
         service.when_over(id, called.append)
         assert called == [done, done], "at once where it is over"
+
+
+def test_nobody_hears_of_the_end_before_the_last_event(queue: Queue) -> None:
+    gate, ending, events = Gate(), threading.Event(), list[Event]()
+
+    def slow(event: Event) -> None:
+        if event.type == "finished":
+            ending.set()
+            time.sleep(0.1)
+        events.append(event)
+
+    with serving(queue, gate=gate) as service, ThreadPoolExecutor(1) as early:
+        service.subscribe(slow)
+        id = service.submit("gate", {}).id
+        gate.wait_for(1)
+        before = early.submit(lambda: (over(service, id), events[-1].type))
+        gate.open.set()
+        assert ending.wait(PATIENCE)
+        assert over(service, id).state == "done", "asked between the end and its announcement"
+        assert events[-1].type == "finished"
+        assert before.result(PATIENCE)[1] == "finished"
 
 
 class Counts:

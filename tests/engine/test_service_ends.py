@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from octavo.engine import service as service_module
+from octavo.engine.events import Announcer
+from octavo.engine.jobs import Stored
 from octavo.engine.queue import Queue
 from octavo.engine.service import Event, Task
 from octavo.errors import (
@@ -18,6 +20,7 @@ from octavo.errors import (
     JobError,
     OctavoError,
     QueueFileError,
+    ShutdownError,
 )
 from tests.engine.queues import Clock, quick
 from tests.engine.services import LAST, Gate, eventually, over, serving
@@ -166,6 +169,28 @@ def test_cancelling_at_any_moment_ends_a_request_once(queue: Queue) -> None:
     assert len(ends) == 100
     assert set(ends.values()) == {1}
     assert queue.counts()["done"] + queue.counts()["cancelled"] == 100
+
+
+def test_cancelling_between_the_claim_and_the_start_is_noticed(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim = queue.claim
+
+    def claim_and_cancel() -> Stored | None:
+        job = claim()
+        if job is not None:
+            assert service.cancel(job.id)
+        return job
+
+    monkeypatch.setattr(queue, "claim", claim_and_cancel)
+    with serving(queue, gate=Gate()) as service:
+        assert over(service, service.submit("gate", {}).id).state == "cancelled"
+
+
+def test_being_cancelled_outweighs_the_servers_stop(queue: Queue) -> None:
+    task = Task(queue.submit("steps", {}), queue, Announcer())
+    for reason in (ShutdownError("stop"), JobCancelledError("cancelled"), ShutdownError("stop")):
+        task.stop(reason)
+    with pytest.raises(JobCancelledError):
+        task.check()
 
 
 def test_the_deadline_stops_a_running_request(tmp_path: Path) -> None:

@@ -1,19 +1,21 @@
 """Stopping in good order: nothing is lost, nothing counts as a death."""
 
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from octavo.engine.jobs import Stored
 from octavo.engine.queue import Queue
 from octavo.engine.service import Service, Task
 from octavo.errors import (
     ShutdownError,
 )
 from tests.engine.queues import quick
-from tests.engine.services import PATIENCE, Gate, over, serving, steps
+from tests.engine.services import PATIENCE, Gate, eventually, over, serving, steps
 
 
 @pytest.fixture
@@ -83,6 +85,28 @@ def test_stopping_at_once_loses_nothing(tmp_path: Path) -> None:
         assert [over(service, id).result for id in ids] == [{"n": n} for n in range(60)]
     assert all(job.attempts == 0 for job in queue.jobs())
     queue.close()
+
+
+def test_what_was_just_claimed_when_time_was_up_goes_back_too(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim, claimed = queue.claim, threading.Event()
+
+    def late() -> Stored | None:
+        job = claim()
+        if job is not None:
+            claimed.set()
+            eventually(lambda: service._state == "interrupting")
+            time.sleep(0.05)  # until those that were known to run have been told
+        return job
+
+    monkeypatch.setattr(queue, "claim", late)
+    service = Service(queue, {"gate": Gate()}, workers=1)
+    service.start()
+    id = service.submit("gate", {}).id
+    assert claimed.wait(PATIENCE)
+    service.stop(timeout=0.0, grace=PATIENCE)
+    job = queue.get(id)
+    assert job is not None
+    assert (job.state, job.attempts) == ("queued", 0)
 
 
 def test_a_runner_that_hangs_does_not_stop_the_stop(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

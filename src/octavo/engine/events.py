@@ -2,10 +2,10 @@
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from octavo.engine.jobs import Stored
 from octavo.engine.queue import Queue
@@ -43,6 +43,19 @@ class Progress:
     value: float = 0
     max: float = 0  # 0 while unknown
     preview: Event | None = None
+
+
+class Meter(Protocol):
+    """What the service counts on; `engine.metrics.Metrics` is one."""
+
+    def request(self, api: str, state: str) -> None:
+        """One request was accepted, refused, or ended in this state."""
+
+    def watch_queue(self, depth: Callable[[], Mapping[str, int]]) -> None:
+        """Here is whom to ask how many requests wait and run."""
+
+    def seconds(self, stage: str, seconds: float) -> None:
+        """A request spent so long in this stage; "wait" is from submitting to starting."""
 
 
 class Announcer:

@@ -14,9 +14,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol, TypeVar, Unpack
+from typing import Any, TypeVar, Unpack
 
-from octavo.engine.events import Announcer, Event, Handler, Progress, Task, Waiters
+from octavo.engine.events import Announcer, Event, Handler, Meter, Progress, Task, Waiters
 from octavo.engine.jobs import Options, Order, Stored
 from octavo.engine.queue import Queue
 from octavo.errors import (
@@ -38,19 +38,6 @@ Runner = Callable[[Task], Mapping[str, Any]]
 
 RETRY_WRITING = 2.0  # seconds between attempts to write to a queue file that refuses
 LONGEST_NAP = 60.0  # seconds; deadlines follow the wall clock, which may be set while we wait
-
-
-class Meter(Protocol):
-    """What the service counts on; `engine.metrics.Metrics` is one."""
-
-    def request(self, api: str, state: str) -> None:
-        """One request was accepted, refused, or ended in this state."""
-
-    def watch_queue(self, depth: Callable[[], Mapping[str, int]]) -> None:
-        """Here is whom to ask how many requests wait and run."""
-
-    def seconds(self, stage: str, seconds: float) -> None:
-        """A request spent so long in this stage; "wait" is from submitting to starting."""
 
 
 class Service:
@@ -161,7 +148,9 @@ class Service:
         """
         withdraw = self._waiters.add(id, callback)
         stored = self.queue.get(id)
-        if stored is not None and stored.over:
+        with self._lock:
+            told = id not in self._tasks  # else its worker is about to emit the last event, and tells us after that
+        if told and stored is not None and stored.over:
             self._waiters.tell(stored)
         return withdraw
 
@@ -263,11 +252,14 @@ class Service:
         except RequestError as error:  # what the runner gave is not plain data
             reason = _reason(error)
             ended = self._persist(lambda: self.queue.fail(job.id, reason))
+        over = ended if ended is not None and ended.over else None
+        if over is not None:
+            self._say_over(over)
         with self._lock:
             if self._tasks.get(job.id) is task:  # else it was requeued, and another worker may have it by now
                 del self._tasks[job.id]
-        if ended is not None and ended.over:
-            self._over(ended)
+        if over is not None:
+            self._waiters.tell(over)
             with suppress(QueueFileError):  # what was written is safe from all but a power cut
                 self.queue.sync()
 
@@ -348,7 +340,12 @@ class Service:
             self._told.wait_for(lambda: id not in self._announcing)
 
     def _over(self, stored: Stored) -> None:
-        """Tell all who want to know that a request is over."""
+        """Say that a request is over which no worker had, and tell those who wait for it."""
+        self._say_over(stored)
+        self._waiters.tell(stored)
+
+    def _say_over(self, stored: Stored) -> None:
+        """Count a request that is over, and emit its last event."""
         self._count(stored.api, stored.state)
         if stored.state == "done":
             self._announcer.tell(stored.id, "finished", {"result": stored.result, "seconds": stored.seconds})
@@ -357,7 +354,6 @@ class Service:
         else:
             data = {"error": stored.error, "result": stored.result, "state": stored.state}
             self._announcer.tell(stored.id, "failed", data)
-        self._waiters.tell(stored)
 
     def _count(self, api: str, state: str) -> None:
         if self._metrics is not None:
