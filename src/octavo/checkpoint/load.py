@@ -109,6 +109,15 @@ def load_part(plan: Plan, device: Device, dtype: torch.dtype) -> nn.Module:
     return model.eval()
 
 
+def read_values(file: TensorFile, origin: Origin) -> Tensor:
+    """One weight of a plan in float32 on the CPU, dequantized, its low-rank branch included; in the shape of the file.
+
+    Raises:
+        CorruptFileError: it is NaN or infinite.
+    """
+    return torch.cat([_values(file, slab) for slab in origin.slabs])
+
+
 def _kept_dtype(origin: Origin, dtype: torch.dtype) -> torch.dtype:
     """The dtype of a weight that is not FP8.
 

@@ -94,22 +94,22 @@ def read_lora(path: Path, models: Mapping[Kind, nn.Module]) -> dict[Kind, Adapte
         UnsupportedFormatError: it changes what no adapter can, such as a convolution.
     """
     with open_tensors(path) as file:
-        grouped, strange = _grouped(file)
+        grouped, strange = grouped_names(file)
         if not grouped:
             what = what_else(file.entries) or "no LoRA that Octavo knows"
             raise WrongModelError(
                 f"'{path}' is {what}: none of its {len(file.entries)} tensors is named like a LoRA's."
             )
         targets = _targets(models)
-        absent = {name for name in grouped if _spelled(name) not in targets and _of_absent(name, models)}
+        absent = {name for name in grouped if spelled(name) not in targets and _of_absent(name, models)}
         if absent:
             logger.warning("'%s' changes text encoders that are not there; without them it acts less.", path.name)
-        unknown = sorted({*strange, *(name for name in grouped.keys() - absent if _spelled(name) not in targets)})
+        unknown = sorted({*strange, *(name for name in grouped.keys() - absent if spelled(name) not in targets)})
         if unknown:
             _refuse(path, file, len(grouped), unknown)
         layers: dict[Kind, dict[str, list[tuple[Target, Delta, Tensor | None]]]] = {}
         for name, parts in grouped.items():
-            for target in targets.get(_spelled(name), ()):
+            for target in targets.get(spelled(name), ()):
                 delta, magnitude = _delta(file, name, parts, target)
                 of_kind = layers.setdefault(target.kind, {})
                 of_kind.setdefault(target.layer, []).append((target, delta, magnitude))
@@ -119,7 +119,7 @@ def read_lora(path: Path, models: Mapping[Kind, nn.Module]) -> dict[Kind, Adapte
     }
 
 
-def _grouped(file: TensorFile) -> tuple[dict[str, dict[str, str]], list[str]]:
+def grouped_names(file: TensorFile) -> tuple[dict[str, dict[str, str]], list[str]]:
     """By the file's name of a layer, the names of its tensors by what they are; and names that are like no LoRA's."""
     grouped: dict[str, dict[str, str]] = {}
     strange = []
@@ -132,7 +132,7 @@ def _grouped(file: TensorFile) -> tuple[dict[str, dict[str, str]], list[str]]:
     return grouped, strange
 
 
-def _spelled(name: str) -> str:
+def spelled(name: str) -> str:
     """One spelling of all: kohya writes underscores where others write dots."""
     return name.replace(".", "_")
 
@@ -140,7 +140,7 @@ def _spelled(name: str) -> str:
 def _of_absent(name: str, models: Mapping[Kind, nn.Module]) -> bool:
     """Whether a name is of a text encoder that is not among the models."""
     encoders = (kind for kind in PREFIXES if kind != "mmdit" and kind not in models)
-    return any(_spelled(name).startswith(_spelled(prefix)) for kind in encoders for prefix in PREFIXES[kind])
+    return any(spelled(name).startswith(spelled(prefix)) for kind in encoders for prefix in PREFIXES[kind])
 
 
 def _targets(models: Mapping[Kind, nn.Module]) -> dict[str, tuple[Target, ...]]:
@@ -153,7 +153,9 @@ def _targets(models: Mapping[Kind, nn.Module]) -> dict[str, tuple[Target, ...]]:
             shape = (int(module.out_features), int(module.in_features))
             for name, rows in _names(kind, layer, shape, model):
                 for prefix in PREFIXES[kind]:
-                    targets.setdefault(_spelled(prefix + name), []).append(Target(kind, layer, rows, shape))
+                    named, target = targets.setdefault(spelled(prefix + name), []), Target(kind, layer, rows, shape)
+                    if target not in named:  # some layers are called alike by all
+                        named.append(target)
     return {name: tuple(several) for name, several in targets.items()}
 
 

@@ -65,7 +65,7 @@ def convert(
     Nothing appears at OUT until all of it is written. Memory stays at a few megabytes, whatever the model.
     """
     kinds, form, shard_bytes = _parts(parts), _form(fp8_form), _size(max_shard_size)
-    wanted = _dtype(dtype)
+    wanted = dtype_called(dtype)
 
     from octavo.checkpoint.convert import Wishes, plan_conversion
     from octavo.checkpoint.folders import Folders
@@ -124,7 +124,8 @@ def _size(given: str | None) -> int | None:
     return nbytes
 
 
-def _dtype(given: str | None) -> torch.dtype | None:
+def dtype_called(given: str | None) -> torch.dtype | None:
+    """The dtype of this name; None where none is given."""
     if given is None:
         return None
     from octavo.devices import DTYPES

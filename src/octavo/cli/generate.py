@@ -271,19 +271,20 @@ def _skip_layers(scale: float | None) -> dict[str, Any]:
 
 
 def _loras(given: list[str] | None) -> "tuple[Lora, ...] | None":
-    """Each LoRA with the strength after its last colon, or at full strength."""
+    return tuple(map(lora_called, given or ())) or None
+
+
+def lora_called(text: str) -> "Lora":
+    """A LoRA with the strength after its last colon, or at full strength."""
     from octavo.pipeline.request import Lora
 
-    loras = []
-    for text in given or ():
-        name, colon, number = text.rpartition(":")
-        try:
-            loras.append(Lora(name, float(number)) if colon else Lora(text))
-        except ValueError:
-            if "/" not in number and "\\" not in number:
-                raise RequestError(f"--lora {text}: '{number}' is not a strength; write name:0.8.") from None
-            loras.append(Lora(text))  # the colon of a drive or folder
-    return tuple(loras) or None
+    name, colon, number = text.rpartition(":")
+    if not colon or "/" in number or "\\" in number:  # a colon may be part of a folder's name, too
+        return Lora(text)
+    try:
+        return Lora(name, float(number))
+    except ValueError:
+        raise RequestError(f"LoRA {text}: '{number}' is not a strength; write name:0.8.") from None
 
 
 def _is_file(out: Path) -> bool:

@@ -13,10 +13,12 @@ from octavo._version import __version__
 from octavo.cli import compare as comparing
 from octavo.cli import convert as converting
 from octavo.cli import evaluate as evaluating
+from octavo.cli import lora as adapting
 from octavo.cli import quantize as quantizing
 from octavo.cli import recipes as cooking
 from octavo.cli import run as running
 from octavo.cli import serve as serving
+from octavo.cli import train_lora as teaching
 from octavo.cli.arithmetic import plain_words
 from octavo.cli.generate import EPILOG, generate
 from octavo.cli.info import info
@@ -46,7 +48,9 @@ app.command()(pull)
 app.command(epilog=quantizing.EPILOG)(quantizing.quantize)
 app.command(epilog=cooking.EPILOG)(cooking.recipes)
 app.command(epilog=serving.EPILOG)(serving.serve)
+train.command(epilog=teaching.EPILOG)(teaching.lora)
 app.add_typer(train, name="train")
+app.add_typer(adapting.lora, name="lora")
 
 
 def _print_version(wanted: bool) -> None:
