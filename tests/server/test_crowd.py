@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import resource
 import socket
 import threading
 import time
@@ -109,3 +110,25 @@ def test_two_hundred_clients_get_what_they_asked_for(live_model: Live) -> None:
     until(
         lambda: not [each for each in threading.enumerate() if each.name.startswith("octavo-picture")], "all is drawn"
     )
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_two_thousand_requests(live_model: Live) -> None:
+    """A leak of 10 KB a request, be it of a follower, a job or a picture, would be 15 MB."""
+
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+
+    with httpx.Client(base_url=live_model.url, timeout=PATIENCE) as http:
+
+        def some(first: int, last: int) -> None:
+            for number in range(first, last):
+                size = {"width": 16, "height": 16, "steps": 1, "sampler_name": "Euler"}
+                body = {"prompt": f"a red circle {number % 3}", "seed": number, **size}
+                assert http.post("/sdapi/v1/txt2img", json=body).status_code == 200
+
+        some(0, 500)
+        before = resident()
+        some(500, 2000)
+        assert resident() - before < 15_000_000
