@@ -16,10 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from octavo.errors import RequestError
 from octavo.models import ClipTextEncoder, T5Encoder
 from octavo.models.adapter import Applied, adapted
 from octavo.text.chunks import TokenChunk, complete
 from octavo.text.tokenizers import EncoderTokenizer, TokenizedPrompt, Tokenizers
+
+LONGEST_PROMPT = 20_000  # letters; more are not even cut into tokens
+# Of one encoder, padding included. SD3.5 was trained on 77 and 256; T5's memory grows with the square: 4096 take it
+# 4 GB a layer.
+MOST_TOKENS = 4096
 
 Embeddings = Callable[[str], Mapping[str, Tensor] | None]
 """Finds a textual-inversion embedding by name: its tensors [vectors, width], or None."""
@@ -88,7 +94,14 @@ def encode(encoders: TextEncoders, prompt: str, clip_skip: int = 2) -> Condition
 
 
 def encode_tokens(encoders: TextEncoders, tokens: TokenizedPrompt, *, clip_skip: int = 2) -> Conditioning:
-    """`encode` for a prompt that is cut into tokens already."""
+    """`encode` for a prompt that is cut into tokens already.
+
+    Raises:
+        RequestError: it has more tokens than anyone can mean.
+    """
+    for chunks in (tokens.clip_l, tokens.clip_g, tokens.t5):
+        if (count := sum(len(chunk.ids) for chunk in chunks or ())) > MOST_TOKENS:
+            raise RequestError(f"The prompt has {count} tokens, and {MOST_TOKENS} are the most. Make it shorter.")
     kits, applied = encoders.tokenizers, dict(encoders.adapters)
     of_l = of_g = of_t5 = None
     if encoders.clip_l and tokens.clip_l and kits.clip_l:

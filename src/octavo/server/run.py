@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from octavo.errors import RequestError
 from octavo.server.app import create_app
+from octavo.server.readers import Socket, Web
 from octavo.server.settings import Settings
 from octavo.server.state import Load, State
 
@@ -21,7 +21,7 @@ MOST_CONNECTIONS = 900  # at once; more are told to come back (503). Below the u
 LEAVING = 3  # seconds that open answers have when the server stops
 
 
-class Bounded(H11Protocol):
+class Bounded(Web):
     """uvicorn's HTTP/1.1, hanging up on who opens a connection and does not say what it wants."""
 
     _waiting: asyncio.TimerHandle | None = None
@@ -48,8 +48,7 @@ class Bounded(H11Protocol):
 
     def _hang_up(self) -> None:
         self._waiting = None
-        if not self.transport.is_closing():
-            self.transport.close()
+        self.transport.abort()
 
     def _stop_waiting(self) -> None:
         if self._waiting is not None:
@@ -91,7 +90,7 @@ def configured(app: ASGIApp, settings: Settings) -> uvicorn.Config:
         port=settings.port,
         loop="asyncio",
         http=Bounded,
-        ws="websockets-sansio",
+        ws=Socket,
         ws_max_size=LARGEST_MESSAGE,
         h11_max_incomplete_event_size=LARGEST_HEADER,
         limit_concurrency=MOST_CONNECTIONS,

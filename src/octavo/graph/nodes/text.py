@@ -11,7 +11,7 @@ from octavo.graph.nodes.types import Conditions, given
 from octavo.graph.spec import COMBO, INT, LINK, STRING, NodeSpec, node
 from octavo.models import ClipConfig
 from octavo.pipeline.conditions import Condition
-from octavo.pipeline.encode import Conditioning
+from octavo.pipeline.encode import LONGEST_PROMPT, Conditioning
 from octavo.pipeline.shelf import Clip
 
 _MISSING = "load text encoders with TripleCLIPLoader and connect them."
@@ -33,7 +33,7 @@ _MISSING = "load text encoders with TripleCLIPLoader and connect them."
 def clip_text_encode(context: Context, text: str, clip: Clip | None) -> tuple[Conditions]:
     """One text for all encoders."""
     encoders = given(clip, "CLIP", _MISSING)
-    return _encoded(context, lambda: context.shelf.encode(encoders, text))
+    return _encoded(context, lambda: context.shelf.encode(encoders, text), text)
 
 
 @node(
@@ -63,7 +63,7 @@ def clip_text_encode_sd3(
             encoders, clip_l, prompt_clip_g=clip_g, prompt_t5=t5xxl, skip_empty=empty_padding == "none"
         )
 
-    return _encoded(context, encode)
+    return _encoded(context, encode, clip_l, clip_g, t5xxl)
 
 
 @node(
@@ -90,8 +90,10 @@ def clip_set_last_layer(_context: Context, clip: Clip | None, stop_at_clip_layer
     return (clip.skipping(-stop_at_clip_layer),)
 
 
-def _encoded(context: Context, encode: Callable[[], Conditioning]) -> tuple[Conditions]:
-    """What `encode` gives on the device, holding everywhere and all the time."""
+def _encoded(context: Context, encode: Callable[[], Conditioning], *texts: str) -> tuple[Conditions]:
+    """What `encode` gives for the texts on the device, holding everywhere and all the time."""
+    if (longest := max(map(len, texts))) > LONGEST_PROMPT:
+        raise RequestError(f"The text has {longest:,} letters, and {LONGEST_PROMPT:,} are the most. Make it shorter.")
 
     @torch.inference_mode()
     @whole_processor()

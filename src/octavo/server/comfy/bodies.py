@@ -5,6 +5,7 @@ and JSON or UTF-8 does not know (NaN, half a surrogate pair) is refused here: it
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NoReturn
 
 from fastapi import Depends, Request
@@ -21,7 +22,7 @@ async def json_body(request: Request) -> Any:
     text = await request.body()
     try:
         value = json.loads(text, parse_constant=_no_number)
-        json.dumps(value, ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # 1e999 is read as infinity
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
         raise Refused(f"The body is no JSON: {reason}. Send a JSON object.", kind="invalid_json") from None
@@ -44,6 +45,24 @@ async def json_object(request: Request) -> dict[str, Any]:
 
 JsonBody = Annotated[Any, Depends(json_body)]
 JsonObject = Annotated[dict[str, Any], Depends(json_object)]
+
+
+def described(required: Sequence[str] = (), **fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object as a route's body, for OpenAPI: `openapi_extra=described(client_id=TEXT)`.
+
+    Args:
+        required: names of fields that must be there.
+        fields: JSON schemas by name.
+    """
+    schema = {"type": "object", "properties": dict(fields), "required": list(required)}
+    return {"requestBody": {"content": {"application/json": {"schema": schema}}, "required": bool(required)}}
+
+
+TEXT: Mapping[str, Any] = {"type": "string"}
+TEXTS: Mapping[str, Any] = {"type": "array", "items": {"type": "string"}}
+TRUTH: Mapping[str, Any] = {"type": "boolean"}
+NUMBER: Mapping[str, Any] = {"type": "number"}
+OBJECT: Mapping[str, Any] = {"type": "object"}
 
 
 def text_field(of: dict[str, Any], name: str, default: str | None = None) -> str | None:

@@ -16,7 +16,17 @@ from fastapi.responses import JSONResponse
 
 from octavo.errors import QueueFullError, RequestError
 from octavo.graph.workflow import InvalidPrompt, Workflow, validate
-from octavo.server.comfy.bodies import JsonObject, names_field, text_field
+from octavo.server.comfy.bodies import (
+    NUMBER,
+    OBJECT,
+    TEXT,
+    TEXTS,
+    TRUTH,
+    JsonObject,
+    described,
+    names_field,
+    text_field,
+)
 from octavo.server.comfy.lists import lists_of
 from octavo.server.comfy.records import number, queue_item
 from octavo.server.comfy.socket import Clients
@@ -41,7 +51,19 @@ def get_prompt(request: Request) -> dict[str, Any]:
     return _clients(request).status
 
 
-@router.post("/prompt")
+@router.post(
+    "/prompt",
+    openapi_extra=described(
+        ["prompt"],
+        prompt=OBJECT,
+        client_id=TEXT,
+        prompt_id=TEXT,
+        extra_data=OBJECT,
+        front=TRUTH,
+        number=NUMBER,
+        partial_execution_targets=TEXTS,
+    ),
+)
 async def post_prompt(request: Request, body: JsonObject, state: TheState) -> JSONResponse:
     """Queue a workflow in the API format.
 
@@ -65,22 +87,25 @@ async def post_prompt(request: Request, body: JsonObject, state: TheState) -> JS
         state.metrics.request(API, "refused")
         return JSONResponse({"error": wrong.error, "node_errors": wrong.node_errors}, 400)
     clients = _clients(request)
-    if id in clients:
+    new = id not in clients
+    if new:
+        clients.expect(id, client, extra_data)
+    elif idempotency_key(request) is None:
         return _wrong("prompt_id_taken", f"There is a prompt '{id[:100]}' in the queue already", "use a new prompt_id")
-    clients.expect(id, client, extra_data)
     try:
         job = await run_in_threadpool(
             _submit, request, state, id, _payload(workflow, extra_data, client, targets), place
         )
     except BaseException as error:
-        clients.forget(id)
+        if new:
+            clients.forget(id)
         if isinstance(error, QueueFullError):
             headers = {"Retry-After": str(max(1, round(getattr(error, "retry_after", 1))))}
             return _wrong("queue_full", str(error), "", status=429, headers=headers)
         if isinstance(error, RequestError):
             return _wrong("invalid_request", str(error), "")
         raise
-    if job.id != id:
+    if new and (job.id != id or job.over):
         clients.forget(id)  # it came before, with the same idempotency key
     return JSONResponse({"prompt_id": job.id, "number": number(job), "node_errors": dict(workflow.node_errors)})
 
@@ -94,7 +119,7 @@ def get_queue(state: TheState) -> JSONResponse:
     )
 
 
-@router.post("/queue")
+@router.post("/queue", openapi_extra=described(clear=TRUTH, delete=TEXTS))
 def post_queue(request: Request, body: JsonObject, state: TheState) -> Response:
     """Take back what waits: the prompts in `delete`, or, with `clear`, all that the caller has sent."""
     ids = [
@@ -107,7 +132,7 @@ def post_queue(request: Request, body: JsonObject, state: TheState) -> Response:
     return Response()
 
 
-@router.post("/interrupt")
+@router.post("/interrupt", openapi_extra=described(prompt_id=TEXT))
 def interrupt(request: Request, body: JsonObject, state: TheState) -> Response:
     """Stop the prompt `prompt_id` if it runs, or, without one, all that the caller has running."""
     id = text_field(body, "prompt_id")
@@ -115,7 +140,7 @@ def interrupt(request: Request, body: JsonObject, state: TheState) -> Response:
     return Response()
 
 
-@router.post("/free")
+@router.post("/free", openapi_extra=described(unload_models=TRUTH, free_memory=TRUTH))
 async def free(body: JsonObject, state: TheState) -> Response:
     """Let go of models (`unload_models`), and of what is kept between runs (`free_memory`)."""
     if body.get("unload_models") is True or body.get("free_memory") is True:
@@ -192,7 +217,7 @@ def _place(body: dict[str, Any]) -> dict[str, Any]:
         return {"front": body.get("front") is True}
     if isinstance(at, bool) or not isinstance(at, int | float):
         raise RequestError("'number' should be a number: prompts with smaller ones run first.")
-    return {"number": float(at)}
+    return {"number": at}
 
 
 def _clients(request: Request) -> Clients:

@@ -54,6 +54,8 @@ class Outbox:
 
     def put(self, message: str | bytes, worth: Worth) -> None:
         """Keep a message; where too many wait, the oldest of the least worth leaves."""
+        if self.overflowed:
+            return  # the reader is let go
         self._waiting.append((worth, message))
         if worth is Worth.PREVIEW and self._count(Worth.PREVIEW) > MOST_PREVIEWS:
             self._drop(Worth.PREVIEW)
