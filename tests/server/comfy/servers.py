@@ -36,7 +36,7 @@ def graph_load(state: State) -> Works:
         batcher=None,
         nodes=NODES,
         workshop=workshop,
-        runners={"graph": graph_runner(workshop)},
+        runners={"graph": graph_runner(workshop, preview_interval=0, preview_share=1.0)},  # each step is shown
         warm_up=lambda: None,
         close=lambda: None,
     )

@@ -17,6 +17,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from octavo.server.comfy.files import file_answer
+from octavo.server.comfy.userdata import TheFiles
 from octavo.server.problems import Refused
 
 PACKAGE = "comfyui-frontend-package"
@@ -97,6 +98,12 @@ def install(app: FastAPI) -> None:
     def without_slash() -> RedirectResponse:
         # The page finds its server by its own address, which must end in a slash.
         return RedirectResponse("/comfy/")
+
+    @app.get("/comfy/user.css", include_in_schema=False)
+    def user_style(files: TheFiles) -> Response:
+        """The user's own additions to the page's looks, if there are any."""
+        path = files.path("user.css")
+        return file_answer(path) if path.is_file() else Response(media_type="text/css")
 
     folder = page_folder()
     if folder is not None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
-from octavo.server.comfy.bodies import JsonObject, names_field, whole_number
+from octavo.server.comfy.bodies import TEXTS, TRUTH, JsonObject, described, names_field, whole_number
 from octavo.server.comfy.queue import KIND, is_callers, withdraw
 from octavo.server.comfy.records import STATUSES, history_entry, job_summary, job_whole, workflow_id
 from octavo.server.security import caller_of
@@ -39,7 +39,7 @@ def get_history_of(prompt_id: str, state: TheState) -> JSONResponse:
     return JSONResponse({job.id: history_entry(job)} if job is not None and job.kind == KIND and job.over else {})
 
 
-@router.post("/history")
+@router.post("/history", openapi_extra=described(clear=TRUTH, delete=TEXTS))
 def post_history(request: Request, body: JsonObject, state: TheState) -> Response:
     """Forget prompts: those in `delete`, or, with `clear`, all that the caller has sent. Pictures stay."""
     ids = names_field(body, "delete")
@@ -91,7 +91,7 @@ def get_job(job_id: str, state: TheState) -> JSONResponse:
     return JSONResponse(job_whole(job))
 
 
-@router.post("/jobs/cancel")
+@router.post("/jobs/cancel", openapi_extra=described(job_ids=TEXTS))
 def cancel_jobs(request: Request, body: JsonObject, state: TheState) -> Response:
     """Take the prompts in `job_ids` back, whether they wait or run."""
     withdraw(request, state, names_field(body, "job_ids"))

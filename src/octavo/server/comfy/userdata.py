@@ -8,7 +8,7 @@ from urllib.parse import unquote
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 
-from octavo.server.comfy.bodies import JsonBody, JsonObject, text_field
+from octavo.server.comfy.bodies import TEXT, JsonBody, JsonObject, described, text_field
 from octavo.server.comfy.files import file_answer
 from octavo.server.comfy.store import UserFiles, files_below
 from octavo.server.problems import Refused
@@ -26,6 +26,33 @@ def the_files(request: Request) -> UserFiles:
 TheFiles = Annotated[UserFiles, Depends(the_files)]
 
 
+ANY_BODY: dict[str, Any] = {"requestBody": {"content": {"application/json": {"schema": {}}}, "required": True}}
+
+
+def the_names(request: Request, file: str, dest: str = "") -> tuple[str, str | None]:
+    """The file that a path names, and where it is moved to, if it is.
+
+    Names have their slashes as %2F, and a file may lie in a folder called `move`: only the path as it was sent tells
+    the one from the other.
+    """
+    raw: bytes | None = request.scope.get("raw_path")
+    if raw is None:
+        return file, dest or None
+    parts = [unquote(part) for part in raw.decode("ascii", "replace").partition("/userdata/")[2].split("/")]
+    if len(parts) == 3 and parts[1] == "move":
+        return parts[0], parts[2]
+    return "/".join(parts), None
+
+
+def the_name(request: Request, file: str) -> str:
+    """The file that a path names."""
+    return the_names(request, file)[0]
+
+
+TheName = Annotated[str, Depends(the_name)]
+TheNames = Annotated[tuple[str, str | None], Depends(the_names)]
+
+
 async def read_body(request: Request) -> bytes:
     """What was sent, as it is."""
     return await request.body()
@@ -40,7 +67,7 @@ def get_users(files: TheFiles) -> dict[str, Any]:
     return {"storage": "server", "migrated": files.folder.exists()}
 
 
-@router.post("/users")
+@router.post("/users", openapi_extra=described(["username"], username=TEXT))
 def post_users(body: JsonObject) -> str:
     """A name for a new user. There is one folder for all, so nothing but the answer differs."""
     name = text_field(body, "username")
@@ -59,7 +86,7 @@ def get_settings(files: TheFiles) -> dict[str, Any]:
     return files.settings()
 
 
-@router.post("/settings")
+@router.post("/settings", openapi_extra=described())
 def post_settings(body: JsonObject, files: TheFiles) -> Response:
     """Change some settings."""
     files.change_settings(body)
@@ -72,7 +99,7 @@ def get_setting(id: str, files: TheFiles) -> Any:
     return JSONResponse(files.settings().get(id))
 
 
-@router.post("/settings/{id}")
+@router.post("/settings/{id}", openapi_extra=ANY_BODY)
 def post_setting(id: str, body: JsonBody, files: TheFiles) -> Response:
     """Change one setting to whatever JSON is sent."""
     files.change_settings({id: body})
@@ -121,9 +148,8 @@ def list_userdata_v2(files: TheFiles, path: str = "") -> Response:
 
 
 @router.get("/userdata/{file:path}")
-def get_userdata(request: Request, files: TheFiles) -> FileResponse:
+def get_userdata(name: TheName, files: TheFiles) -> FileResponse:
     """A file. Slashes in its name are written %2F."""
-    name, _ = _names(request)
     path = files.path(name)
     if not path.is_file():
         raise Refused(f"There is no file '{name}'.", status=404, kind="not_found")
@@ -131,43 +157,41 @@ def get_userdata(request: Request, files: TheFiles) -> FileResponse:
 
 
 @router.post("/userdata/{file:path}/move/{dest:path}")
-@router.post("/userdata/{file:path}")
-def post_userdata(
-    request: Request,
+def move_userdata(
+    names: TheNames,
     files: TheFiles,
     content: Annotated[bytes, Depends(read_body)],
     overwrite: str = "true",
     full_info: str = "false",
 ) -> Response:
-    """Write a file, or, where the path goes on with `/move/` and a name, move it there."""
-    name, target = _names(request)
+    """Give a file another name."""
+    name, target = names
     replace = overwrite.lower() != "false"
     if target is None:
-        path = files.write(name, content, overwrite=replace)
+        path = files.write(name, content, overwrite=replace)  # a file in a folder called `move`
     else:
         path = files.move(name, target, overwrite=replace)
     called = files.name_of(path)
     return JSONResponse(_info(path, called) if _true(full_info) else called)
 
 
+@router.post("/userdata/{file:path}", openapi_extra=ANY_BODY)
+def post_userdata(
+    name: TheName,
+    files: TheFiles,
+    content: Annotated[bytes, Depends(read_body)],
+    overwrite: str = "true",
+    full_info: str = "false",
+) -> Response:
+    """Write a file, whatever is sent."""
+    return move_userdata((name, None), files, content, overwrite, full_info)
+
+
 @router.delete("/userdata/{file:path}", status_code=204)
-def delete_userdata(request: Request, files: TheFiles) -> Response:
+def delete_userdata(name: TheName, files: TheFiles) -> Response:
     """Take a file away."""
-    files.delete(_names(request)[0])
+    files.delete(name)
     return Response(status_code=204)
-
-
-def _names(request: Request) -> tuple[str, str | None]:
-    """The file that a path names, and where it is moved to, if it is.
-
-    Names have their slashes as %2F, and a file may lie in a folder called `move`: only the path as it was sent tells
-    the one from the other.
-    """
-    raw = request.scope["raw_path"].decode("ascii", "replace").partition("?")[0]
-    parts = [unquote(part) for part in raw.partition("/userdata/")[2].split("/")]
-    if len(parts) == 3 and parts[1] == "move":
-        return parts[0], parts[2]
-    return "/".join(parts), None
 
 
 def _info(path: Path, name: str) -> dict[str, Any]:
