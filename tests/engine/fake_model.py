@@ -1,7 +1,7 @@
 """A model that costs nothing and treats every row by itself; it counts its calls, and can be made to fail."""
 
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +43,16 @@ class FakeModel(nn.Module):
         return Modulation((table,), (table,), table)
 
     def forward(
-        self, latents: Tensor, context: Tensor, modulation: Modulation, *, skip_layers: Collection[int] = ()
+        self,
+        latents: Tensor,
+        context: Tensor,
+        modulation: Modulation,
+        *,
+        skip_layers: Collection[int] = (),
+        control: Sequence[Tensor | None] = (),
     ) -> Tensor:
         """[B, 16, h, w] → the same."""
+        assert not control
         self.started.release()
         assert self.gate.wait(30)
         if self.memory is not None and len(latents) > self.memory:

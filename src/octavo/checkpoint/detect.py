@@ -194,6 +194,7 @@ def _controlnet(shapes: _Shapes, said: Mapping[str, Any]) -> ControlNetConfig:
         joint=joint,
         dual_attention=tuple(i for i in range(depth) if joint and names.has(f"blocks.{i}.x_block.attn2.qkv.weight")),
         qk_norm=qk_norm,
+        mlp_ratio=max(1, shapes.of(f"{stream}.mlp.fc1.weight", 2)[0] // width),
         patch_size=patch_size,
         in_channels=shapes.of("x_embedder.proj.weight", 4)[1] if positions else channels,
         control_channels=channels,

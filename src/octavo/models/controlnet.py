@@ -32,6 +32,7 @@ class ControlNetConfig:
     joint: bool = False  # blocks have text tokens beside the image's, as in an MMDiT
     dual_attention: tuple[int, ...] = ()  # joint blocks whose image stream has a second attention
     qk_norm: bool = False
+    mlp_ratio: int = 4  # of the width
     patch_size: int = 2
     in_channels: int = 16
     control_channels: int = 16  # of the control picture's latents
@@ -50,6 +51,7 @@ class ControlNetConfig:
             heads=self.heads,
             dual_attention=self.dual_attention,
             qk_norm=self.qk_norm,
+            mlp_ratio=self.mlp_ratio,
         )
 
 

@@ -52,6 +52,7 @@ class MMDiTConfig:
     context_width: int = 4096
     pooled_width: int = 2048
     pos_embed_size: int = 192  # side of the table of positions, in patches
+    mlp_ratio: int = 4  # of the width
 
     @classmethod
     def large(cls) -> "MMDiTConfig":
@@ -134,7 +135,7 @@ class StreamBlock(nn.Module):
         if dual:
             self.attn2 = SelfAttention(config)
         if not ends_here:
-            self.mlp = MLP(config.width, 4 * config.width)
+            self.mlp = MLP(config.width, config.mlp_ratio * config.width)
         self.adaLN_modulation = AdaLNModulation(config.width, 2 if ends_here else 9 if dual else 6)
 
     def finish(self, x: Tensor, attended: Tensor, modulation: Tensor, attended2: Tensor | None = None) -> Tensor:

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.errors import RequestError
+from octavo.pipeline.control import Control
+from octavo.pipeline.control import Placed as PlacedControl
 from octavo.pipeline.encode import Conditioning
 from octavo.sampling.flow import percent_to_sigma
 
@@ -76,6 +78,7 @@ class Condition:
     mask_bounds: bool = False  # the area is the rectangle around the mask
     start: float = 0.0  # fraction of the training timesteps, from pure noise
     end: float = 1.0  # likewise
+    control: tuple[Control, ...] = ()  # ControlNets that its prediction follows
 
     def __post_init__(self) -> None:
         for name in ("strength", "mask_strength"):
@@ -101,6 +104,7 @@ class Placed:
     weight: float | Tensor  # of its prediction; a tensor is [1 or B, 1, height, width] of the box, float32
     first: float  # sigma from which on it holds, falling; rounded to float32
     last: float  # sigma down to which it holds; likewise
+    control: tuple[PlacedControl, ...] = ()  # for the latents of the box
 
     def active(self, sigma: float) -> bool:
         """Whether it holds at this level; compared in float32, the precision of schedules."""
@@ -195,10 +199,14 @@ class _Laid:
             weight = _rows(mask.to(like.device) * self.condition.mask_strength, len(like))[:, None] * weight
         elif box is not None:
             weight = _faded(box, size).to(like.device) * weight
+        steering = tuple(control.place(size, shift, like) for control in self.condition.control)
+        if box is not None:  # what they see of their pictures stays where it is
+            steering = tuple(replace(each, hint=box.crop(each.hint)) for each in steering)
         return Placed(
             conditioning=self.conditioning,
             box=box,
             weight=weight,
+            control=steering,
             first=c_float(percent_to_sigma(self.condition.start, shift)).value,
             last=c_float(percent_to_sigma(self.condition.end, shift)).value,
         )

@@ -2,8 +2,8 @@
 
 A `Track` is what one request needs at every step: its prompts, its guidance and its tables of modulation, made for the
 whole run before its first step. `denoise` answers the questions of any number of tracks at once; rows that can share a
-model call (same latent size, same number of text tokens, same blocks, same LoRAs) do. A single picture is the case of
-one track. `finite` does the same for numbers that must not be NaN.
+model call (same latent size, same number of text tokens, same blocks, LoRAs and ControlNets) do. A single picture is
+the case of one track. `finite` does the same for numbers that must not be NaN.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from octavo.fp8 import at_sigmas
-from octavo.models import MMDiT, Modulation
+from octavo.models import ControlNet, MMDiT, Modulation
 from octavo.models.adapter import Applied, adapted
 from octavo.pipeline.conditions import Arranged, Condition, Placed, arrange, mix
+from octavo.pipeline.control import Control, pull, steer
+from octavo.pipeline.control import Placed as PlacedControl
 from octavo.pipeline.encode import Conditioning
 from octavo.pipeline.tables import Tables, make_table
 from octavo.sampling import Guidance, Guided, Predictions
@@ -34,7 +36,8 @@ class Track:
     guidance: Guidance
     shift: float  # of the schedule; guidance intervals are fractions of it
     adapters: Applied = ()  # LoRAs that act on the model
-    tables: dict[tuple[Conditioning, float], Modulation] = field(default_factory=dict)  # one row by (prompt, sigma)
+    # One row by (prompt, sigma), and by (what gives a ControlNet, prompt, sigma).
+    tables: dict[tuple[object, ...], Modulation] = field(default_factory=dict)
     arranged: dict[tuple[object, ...], Arranged] = field(default_factory=dict)  # by shape and device of the latents
 
     @classmethod
@@ -69,6 +72,11 @@ class Track:
             return self.arranged[key].positive
         assert self.negative is not None, "guidance without a negative prompt"
         return self.arranged[key].negative
+
+    @property
+    def controls(self) -> tuple[Control, ...]:
+        """All ControlNets of its conditions."""
+        return tuple(control for each in (*self.positive, *(self.negative or ())) for control in each.control)
 
     def skip_layers(self, which: Pass) -> tuple[int, ...]:
         """Blocks left out in this pass."""
@@ -110,16 +118,26 @@ def make_tables(
     Args:
         negative: also for the negative prompts, if there are any.
         cache: where tables of earlier runs may be found, and these are kept.
+
+    Raises:
+        WrongModelError: a ControlNet was made for another model.
     """
+    for control in track.controls:
+        control.check(mmdit.config)
+    make = cache.get if cache is not None else make_table
     levels = tuple(dict.fromkeys(sigmas))
-    for condition in (*track.positive, *((negative and track.negative) or ())):
-        prompt = condition.conditioning
-        missing = [sigma for sigma in levels if (prompt, sigma) not in track.tables]
+
+    def fill(model: MMDiT | ControlNet, prompt: Conditioning, adapters: Applied, *key: object) -> None:
+        missing = [sigma for sigma in levels if (*key, prompt, sigma) not in track.tables]
         if missing:
-            make = cache.get if cache is not None else make_table
-            whole = make(mmdit, prompt.pooled, missing, track.adapters)
+            whole = make(model, prompt.pooled, missing, adapters)
             for i, sigma in enumerate(missing):
-                track.tables[prompt, sigma] = whole.rows(slice(i, i + 1))
+                track.tables[*key, prompt, sigma] = whole.rows(slice(i, i + 1))
+
+    for condition in (*track.positive, *((negative and track.negative) or ())):
+        fill(mmdit, condition.conditioning, track.adapters)
+        for control in condition.control:
+            fill(control.net(), condition.conditioning, (), control.net)
 
 
 def denoise(mmdit: MMDiT, questions: Sequence[Question], *, most_rows: int | None = None) -> list[Guided]:
@@ -169,12 +187,29 @@ class _Row:
         """Rows of equal shape can share a call."""
         context = self.placed.conditioning.context
         track = self.question.track
-        return (tuple(self.x.shape[1:]), context.shape[1], track.skip_layers(self.which), track.adapters)
+        nets = tuple(each.control.net for each in self.controls)
+        return (tuple(self.x.shape[1:]), context.shape[1], track.skip_layers(self.which), track.adapters, nets)
+
+    @property
+    def controls(self) -> tuple[PlacedControl, ...]:
+        """The ControlNets that act on it now."""
+        return tuple(each for each in self.placed.control if each.active(self.question.sigma))
 
     @property
     def tokens(self) -> int:
         height, width = self.x.shape[-2:]
-        return self.placed.conditioning.context.shape[1] + -(-height // PATCH) * -(-width // PATCH)
+        image = -(-height // PATCH) * -(-width // PATCH)
+        # A released ControlNet has half as many blocks as the model, of image tokens alone.
+        return self.placed.conditioning.context.shape[1] + image + len(self.controls) * image // 2
+
+    def table(self, model: MMDiT | ControlNet, *key: object) -> Modulation:
+        """The model's table for its prompt and level, one row; made where the level was not known before the run."""
+        prompt, sigma, track = self.placed.conditioning, self.question.sigma, self.question.track
+        key = (*key, prompt, sigma)
+        if key not in track.tables:
+            adapters = track.adapters if isinstance(model, MMDiT) else ()
+            track.tables[key] = make_table(model, prompt.pooled, [sigma], adapters)
+        return track.tables[key]
 
 
 def _rows_of(index: int, question: Question) -> Iterator[_Row]:
@@ -188,19 +223,24 @@ def _evaluate(mmdit: MMDiT, rows: Sequence[_Row], most: int | None) -> list[Tens
     """One call of the model for rows of like shape, several where `most` is less: velocities, in the dtype of `x`."""
     latents, contexts, modulations, sigmas = [], [], [], []
     for row in rows:
-        prompt, sigma, tables = row.placed.conditioning, row.question.sigma, row.question.track.tables
-        if (prompt, sigma) not in tables:  # an adaptive sampler's sigma, not known before
-            tables[prompt, sigma] = make_table(mmdit, prompt.pooled, [sigma], row.question.track.adapters)
-        latents.append(row.x.to(prompt.context.dtype))
-        contexts.append(prompt.context.expand(len(row.x), -1, -1))
-        modulations.extend([tables[prompt, sigma]] * len(row.x))
-        sigmas.extend([sigma] * len(row.x))
+        context = row.placed.conditioning.context
+        latents.append(row.x.to(context.dtype))
+        contexts.append(context.expand(len(row.x), -1, -1))
+        modulations.extend([row.table(mmdit)] * len(row.x))
+        sigmas.extend([row.question.sigma] * len(row.x))
     x, context = torch.cat(latents), torch.cat(contexts)
-    skip = rows[0].question.track.skip_layers(rows[0].which)
+    skip, adapters = rows[0].question.track.skip_layers(rows[0].which), rows[0].question.track.adapters
+    pulls = []
+    for same in zip(*(row.controls for row in rows), strict=True):
+        net, key = same[0].control.net(), same[0].control.net
+        told = [(each, len(row.x), row.table(net, key)) for each, row in zip(same, rows, strict=True)]
+        pulls.append(pull(net, told, x))
     velocities = []
     for first in range(0, len(x), most or len(x)):
         part = slice(first, first + (most or len(x)))
-        with at_sigmas(mmdit, sigmas[part]), adapted(mmdit, rows[0].question.track.adapters):
-            velocities.append(mmdit(x[part], context[part], Modulation.stack(modulations[part]), skip_layers=skip))
+        with at_sigmas(mmdit, sigmas[part]), adapted(mmdit, adapters):
+            control = steer(mmdit, pulls, part, x[part], context[part], sigmas[part])
+            table = Modulation.stack(modulations[part])
+            velocities.append(mmdit(x[part], context[part], table, skip_layers=skip, control=control))
     parts = torch.cat(velocities).split_with_sizes([len(row.x) for row in rows])
     return [part.to(row.x.dtype) for row, part in zip(rows, parts, strict=True)]

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -65,8 +66,17 @@ def denoise_finite(mmdit: MMDiT, question: Question, *, evaluation: int, retry_b
     (guided,) = denoise(mmdit, [question])
     while not _sound(guided):
         question.track.tables.clear()  # so that the modulation is watched too
-        with watch(mmdit) as culprit:
+        # A ControlNet is asked before the model, so that what it gave comes first.
+        nets = {control.name: control.net() for control in question.track.controls}
+        with ExitStack() as watched:
+            of_nets = {name: watched.enter_context(watch(net)) for name, net in nets.items()}
+            culprit = watched.enter_context(watch(mmdit))
             denoise(mmdit, [question])
+        for name, found in of_nets.items():
+            if found.layer is not None:
+                culprit = found
+                culprit.name = f"{found.name} of the ControlNet {name}"
+                break
         layer = culprit.layer
         if not (retry_bf16 and isinstance(layer, Fp8Linear) and _widen(layer)):
             tried = " Retrying it in bfloat16 did not help." if _is_wide(layer) else ""

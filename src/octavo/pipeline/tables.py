@@ -16,17 +16,20 @@ import torch
 from torch import Tensor
 
 from octavo.fp8 import at_sigmas
-from octavo.models import MMDiT, Modulation
+from octavo.models import ControlNet, MMDiT, Modulation
 from octavo.models.adapter import Applied, adapted
 from octavo.sampling.flow import timestep
 
 MAX_BYTES = 512 << 20  # four runs of SD3.5 Large in bfloat16: 28 steps of one prompt are 63 MB
 
 
-def make_table(mmdit: MMDiT, pooled: Tensor, sigmas: Sequence[float], adapters: Applied = ()) -> Modulation:
+def make_table(
+    mmdit: MMDiT | ControlNet, pooled: Tensor, sigmas: Sequence[float], adapters: Applied = ()
+) -> Modulation:
     """The modulation of one prompt at every level, in one call.
 
     Args:
+        mmdit: or a ControlNet, which has tables of its own.
         pooled: [1, pooled width], on the model's device, in its dtype.
         sigmas: N levels.
         adapters: that act on the model meanwhile.
@@ -54,7 +57,9 @@ class Tables:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, mmdit: MMDiT, pooled: Tensor, sigmas: Sequence[float], adapters: Applied = ()) -> Modulation:
+    def get(
+        self, mmdit: MMDiT | ControlNet, pooled: Tensor, sigmas: Sequence[float], adapters: Applied = ()
+    ) -> Modulation:
         """`make_table`, unless it is here."""
         bits = pooled.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()
         key = _Key(id(mmdit), hashlib.blake2b(bits).digest(), pooled.dtype, pooled.device, tuple(sigmas), adapters)
@@ -77,7 +82,7 @@ class Tables:
                     self._drop(next(iter(self._entries)))
         return table
 
-    def forget(self, mmdit: MMDiT) -> None:
+    def forget(self, mmdit: MMDiT | ControlNet) -> None:
         """Drop all tables of a model, whose weights or arithmetic are not what they were."""
         with self._lock:
             for key in [key for key in self._entries if key.model == id(mmdit)]:
@@ -108,4 +113,4 @@ class _Key(NamedTuple):
 class _Entry(NamedTuple):
     table: Modulation
     nbytes: int
-    gone: "weakref.ref[MMDiT]"  # drops the entry with its model
+    gone: "weakref.ref[MMDiT | ControlNet]"  # drops the entry with its model
