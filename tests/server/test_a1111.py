@@ -138,7 +138,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("s_churn", {"s_churn": 1}), ("s_noise", {"s_noise": 1.01}), ("script_name", {"script_name": "x/y/z plot"}),
     ("alwayson_scripts", {"alwayson_scripts": {"ControlNet": {"args": [{"model": "x"}]}}}),
     ("refiner_checkpoint", {"refiner_checkpoint": "x"}), ("no_such_field", {"no_such_field": 1}),
-    ("prompt", {"prompt": "a <lora:x:1> star"}), ("seed_resize_from_w", {"seed_resize_from_w": 512}),
+    ("prompt", {"prompt": "a <hypernet:x:1> star"}), ("seed_resize_from_w", {"seed_resize_from_w": 512}),
     ("return_grid", {"override_settings": {"return_grid": True}}), ("eh", {"override_settings": {"eh": 1}}),
     ("CLIP_stop_at_last_layers", {"override_settings": {"CLIP_stop_at_last_layers": "two"}}),
 ]  # fmt: skip

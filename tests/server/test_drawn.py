@@ -63,3 +63,12 @@ def test_the_server_tells_how_its_layers_multiply(live_model: Live) -> None:
     text = httpx.get(f"{live_model.url}/metrics").text
     for name in ("octavo_stage_seconds", "octavo_batch_size", "octavo_steps_total", "octavo_device_bytes"):
         assert name in text
+
+
+def test_a_lora_that_is_not_there_is_said_so(live_model: Live) -> None:
+    import httpx
+
+    body = {"prompt": "a star <lora:no such one:0.5>", "steps": 1, "width": 64, "height": 64}
+    answer = httpx.post(f"{live_model.url}/sdapi/v1/txt2img", json=body)
+    assert 400 <= answer.status_code < 500
+    assert "no such one" in answer.json()["detail"]

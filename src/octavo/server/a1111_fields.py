@@ -14,7 +14,7 @@ from octavo.errors import RequestError
 from octavo.server.problems import Refused
 
 NOTHING = (None, "", "None", 0, False)
-LORA = re.compile(r"<(lora|hypernet|lyco):", re.IGNORECASE)
+OTHER_NETWORKS = re.compile(r"<(hypernet|lyco):", re.IGNORECASE)  # <lora:…> is known to the pipeline
 AUTOMATIC = ("", "automatic", "use same sampler", "none")
 # How A1111 writes the samplers that it shares with us; the others go by our names.
 SAMPLER_NAMES: Mapping[str, str] = {
@@ -161,8 +161,8 @@ def check_neutral(body: Drawing) -> None:
         if name in type(body).model_fields and not changes_nothing(value):
             raise unknown(name, f"{name} {value!r:.60} is not done by Octavo; leave it out.")
     for name in ("prompt", "negative_prompt"):
-        if LORA.search(getattr(body, name)):
-            raise unknown(name, f"{name}: extra networks in angle brackets are not read here.")
+        if found := OTHER_NETWORKS.search(getattr(body, name)):
+            raise unknown(name, f"{name}: Octavo reads <lora:name:strength>, but no {found[0]}…>.")
 
 
 def unknown(field: str, text: str) -> Refused:

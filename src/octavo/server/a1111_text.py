@@ -8,6 +8,7 @@ from PIL import ExifTags, Image
 
 UNICODE = b"UNICODE\0"  # what EXIF text in UTF-16 starts with
 PAIR = re.compile(r'\s*([\w ]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+LONGEST_LINE = 4000  # letters of a line of settings; more are words
 LEAST_PAIRS = 3  # on a last line that is settings and not words
 
 
@@ -32,7 +33,8 @@ def parameters_in(data: bytes) -> tuple[str, dict[str, str]]:
 def parsed(text: str) -> dict[str, str]:
     """The settings in a `parameters` text by A1111's names: the words under "Prompt" and "Negative prompt"."""
     lines = text.strip().split("\n")
-    pairs = PAIR.findall(lines[-1]) if len(PAIR.findall(lines[-1])) >= LEAST_PAIRS else []
+    pairs = PAIR.findall(lines[-1]) if len(lines[-1]) <= LONGEST_LINE else []
+    pairs = pairs if len(pairs) >= LEAST_PAIRS else []
     words = "\n".join(lines[:-1] if pairs else lines)
     prompt, _, negative = words.partition("Negative prompt:")
     found = {"Prompt": prompt.strip(), "Negative prompt": negative.strip()}
