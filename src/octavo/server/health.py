@@ -92,10 +92,10 @@ def _operation(schema: dict[str, Any], path: str, method: str, operation: dict[s
     table = "".join(
         f"<tr><td><code>{escape(name)}</code><td>{escape(kind)}<td>{escape(about)}" for name, kind, about in rows
     )
-    about = escape(operation.get("description", "")).replace("\n\n", "<p>")
+    first, _, rest = operation.get("description", "").partition("\n")
+    about = f"<p>{escape(rest)}" if rest.strip() else ""
     return (
-        f"<details><summary><b>{method.upper()}</b> <code>{escape(path)}</code> "
-        f"{escape(operation.get('summary', ''))}</summary><p>{about}"
+        f"<details><summary><b>{method.upper()}</b> <code>{escape(path)}</code> {escape(first)}</summary>{about}"
         f'<div class="wide"><table>{table}</table></div></details>'
     )
 
@@ -110,10 +110,11 @@ def _resolved(schema: dict[str, Any], of: dict[str, Any]) -> dict[str, Any]:
 
 
 def _type(schema: dict[str, Any], of: dict[str, Any]) -> str:
+    """What a value may be, in few words; that it may be left out goes without saying."""
     of = _resolved(schema, of)
     if "anyOf" in of:
-        return " or ".join(_type(schema, each) for each in of["anyOf"])
-    kind = str(of.get("type", "anything"))
+        return " or ".join(_type(schema, each) for each in of["anyOf"] if each.get("type") != "null")
+    kind = " | ".join(map(str, of["enum"])) if "enum" in of else str(of.get("type", "anything"))
     default = f" = {of['default']!r}" if of.get("default") not in (None, "") else ""
     return kind + default
 

@@ -89,7 +89,7 @@ def configured(app: ASGIApp, settings: Settings) -> uvicorn.Config:
         host=settings.host,
         port=settings.port,
         loop="asyncio",
-        http=Bounded,
+        http=Impatient,
         ws=Socket,
         ws_max_size=LARGEST_MESSAGE,
         h11_max_incomplete_event_size=LARGEST_HEADER,
