@@ -48,6 +48,12 @@ def state_of(server: TestClient) -> State:
     return state
 
 
+def clients_of(server: TestClient) -> Clients:
+    """Who listens to a server in memory."""
+    clients: Clients = server.app.state.comfy.clients  # type: ignore[attr-defined]
+    return clients
+
+
 def ready(server: TestClient) -> TestClient:
     """The server, once it is up."""
     until(lambda: state_of(server).is_ready, "the server is ready")

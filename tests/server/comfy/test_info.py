@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 
 from octavo.graph.nodes import NODES
 from tests.server.comfy.exchanges import png
-from tests.server.comfy.servers import ready, state_of
+from tests.server.comfy.servers import clients_of, ready, state_of
 from tests.server.conftest import MakeServer
 
 KEY = "octavo-0123456789abcdefghijklmnopqrstuvwxyz"
@@ -72,6 +72,8 @@ def test_no_name_shows_a_model_outside(server: TestClient, models: Path, tmp_pat
 
 
 def test_the_log_is_shown_without_secrets(server: TestClient) -> None:
+    server.patch("/internal/logs/subscribe", json={"enabled": True, "clientId": "nobody"})
+    assert clients_of(server).log_readers == set(), "only who listens is remembered"
     with server.websocket_connect("ws://127.0.0.1:8188/ws?clientId=me") as socket:
         socket.receive_json()
         server.patch("/internal/logs/subscribe", json={"enabled": True, "clientId": "me"})

@@ -27,7 +27,7 @@ from octavo.server.comfy.socket import (
 from octavo.server.state import State
 from tests.goldens import golden
 from tests.server.comfy.exchanges import HOST, MODELS, shape_differences
-from tests.server.comfy.servers import graph_load, image_prompt, ready, state_of, until_idle
+from tests.server.comfy.servers import clients_of, graph_load, image_prompt, ready, state_of, until_idle
 from tests.server.conftest import MakeServer, settings_in, until
 
 RUNS = (
@@ -48,11 +48,6 @@ def graphs(make_server: MakeServer) -> TestClient:
     server = ready(make_server(load=graph_load, workers=1))
     clients_of(server).previews = "all"
     return server
-
-
-def clients_of(server: TestClient) -> Clients:
-    clients: Clients = server.app.state.comfy.clients  # type: ignore[attr-defined]
-    return clients
 
 
 def test_the_recorded_runs(graphs: TestClient) -> None:

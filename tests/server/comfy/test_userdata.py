@@ -109,8 +109,8 @@ def test_settings_have_bounds_and_damage_is_said(tmp_path: Path) -> None:
             files.settings()
 
 
-@pytest.mark.parametrize("value", [None, True, 0.5, "text", [1], {"a": {"b": None}}])
-def test_any_json_is_a_setting(server: TestClient, value: object) -> None:
-    assert server.post("/settings/A.B%20c", content=json.dumps(value)).status_code == 200
-    assert server.get("/settings/A.B%20c").json() == value
-    assert server.get("/settings").json() == {"A.B c": value}
+def test_any_json_is_a_setting(server: TestClient) -> None:
+    for value in (None, True, 0.5, "text", [1], {"a": {"b": None}}):
+        assert server.post("/settings/A.B%20c", content=json.dumps(value)).status_code == 200
+        assert server.get("/settings/A.B%20c").json() == value
+        assert server.get("/settings").json() == {"A.B c": value}

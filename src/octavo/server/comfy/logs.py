@@ -10,15 +10,13 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from octavo.server.comfy.bodies import TEXT, TRUTH, JsonObject, described, text_field
-from octavo.server.comfy.socket import LONGEST_ID, Clients
+from octavo.server.comfy.socket import Clients
 from octavo.server.logs import Blotted
-from octavo.server.problems import Refused
 
 router = APIRouter(tags=["ComfyUI: what there is"])
 
 KEPT = 300  # lines
 LONGEST_LINE = 2000  # letters
-MOST_READERS = 1000  # clients that are sent new lines
 COLUMNS, ROWS = 120, 30  # of the page's terminal
 # Handlers of `octavo` itself are set by the server's own log; these rooms are what a user may want to read of.
 ROOMS = ("server", "engine", "graph", "pipeline", "checkpoint")
@@ -64,12 +62,13 @@ def raw_logs() -> dict[str, Any]:
 
 @router.patch("/internal/logs/subscribe", openapi_extra=described(enabled=TRUTH, clientId=TEXT))
 async def subscribe(request: Request, body: JsonObject) -> Response:
-    """Send new lines to the websocket of `clientId`, or, without `enabled`, no longer."""
+    """Send new lines to the websocket of `clientId`, or, without `enabled`, no longer.
+
+    A client that is not connected is not remembered.
+    """
     clients: Clients = request.app.state.comfy.clients
     client = text_field(body, "clientId") or ""
-    if body.get("enabled") is True:
-        if len(client) > LONGEST_ID or len(clients.log_readers) >= MOST_READERS:
-            raise Refused(f"A clientId has up to {LONGEST_ID} letters, and {MOST_READERS} clients may read the log.")
+    if body.get("enabled") is True and clients.has(client):
         clients.log_readers.add(client)
     else:
         clients.log_readers.discard(client)

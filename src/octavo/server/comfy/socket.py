@@ -223,6 +223,10 @@ class Clients:
         self._readers.add(reader)
         return reader
 
+    def has(self, client: str) -> bool:
+        """Whether a client of that id is connected."""
+        return bool(self._of(client))
+
     def leave(self, reader: Reader) -> None:
         """A connection has ended."""
         self._readers.discard(reader)
