@@ -21,7 +21,7 @@ MOST_CONNECTIONS = 900  # at once; more are told to come back (503). Below the u
 LEAVING = 3  # seconds that open answers have when the server stops
 
 
-class Bounded(Web):
+class Impatient(Web):
     """uvicorn's HTTP/1.1, hanging up on who opens a connection and does not say what it wants."""
 
     _waiting: asyncio.TimerHandle | None = None
