@@ -6,6 +6,7 @@ from typing import Any
 
 from starlette.testclient import TestClient
 
+from octavo.server.comfy.socket import Clients
 from octavo.server.state import State, Works
 from tests.server.conftest import until
 
