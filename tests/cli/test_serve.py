@@ -20,16 +20,16 @@ import pytest
 COMMAND = [sys.executable, "-c", "from octavo.cli.main import main; main()", "serve"]
 
 
-def environment(**more: str) -> dict[str, str]:
+def environment() -> dict[str, str]:
     own = {name: value for name, value in os.environ.items() if not name.startswith("OCTAVO_")}
-    return own | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"} | more
+    return own | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}
 
 
-def refused(tmp_path: Path, *words: str, **more: str) -> str:
+def refused(tmp_path: Path, *words: str) -> str:
     done = subprocess.run(
         [*COMMAND, *words],
         cwd=tmp_path,
-        env=environment(**more),
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=60,
@@ -86,8 +86,6 @@ def test_it_tells_its_address_and_leaves_when_told(tmp_path: Path, sign: signal.
 def test_what_cannot_be_is_said_and_ends_with_2(tmp_path: Path) -> None:
     assert "no model 'nope'" in refused(tmp_path, "--model", "nope")
     assert "--allow-anonymous" in refused(tmp_path, "--host", "0.0.0.0")
-    assert "no such address" in refused(tmp_path, "--host", "no.such.host.invalid", "--allow-anonymous")
-    assert "--port 70000" in refused(tmp_path, OCTAVO_PORT="70000")
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = str(taken.getsockname()[1])
         assert "another program may have it" in refused(tmp_path, "--port", port)

@@ -10,7 +10,7 @@ from schemathesis.checks import not_a_server_error
 
 from tests.server.conftest import Live, listening, settings_in
 
-EXAMPLES = 10  # of each route; those of ComfyUI are there several times, of which one is tried
+EXAMPLES = 6  # of each route; those of ComfyUI are there several times, of which one is tried
 TWICE = ("/api/", "/comfy/")
 ENDLESS = ("/octavo/events",)  # streams
 

@@ -119,18 +119,19 @@ def fitted(image: Image.Image, size: tuple[int, int], resize: ResizeMode) -> Ima
         return image.resize(size, Image.Resampling.LANCZOS)
     if resize == "crop":
         return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
-    inner = ImageOps.contain(image, size, Image.Resampling.LANCZOS)
+    scale = min(size[0] / image.width, size[1] / image.height)
+    # However thin the picture, a line of it stays.
+    length, height = (max(1, min(most, round(side * scale))) for side, most in zip(image.size, size, strict=True))
+    inner = image.resize((length, height), Image.Resampling.LANCZOS)
     left, top = (size[0] - inner.width) // 2, (size[1] - inner.height) // 2
-    # The outermost rows and columns, drawn out to the edge.
-    wide = inner.resize((size[0], inner.height), box=(0, 0, 1, inner.height)) if left else inner
-    if left:
-        right = inner.crop((inner.width - 1, 0, inner.width, inner.height)).resize((size[0] - left, inner.height))
-        wide.paste(right, (left, 0))
-        wide.paste(inner, (left, 0))
-    if wide.height == size[1]:
-        return wide
+    # The outermost columns and rows, drawn out to the edge.
+    wide = inner.resize((size[0], inner.height), box=(0, 0, 1, inner.height))
+    last = inner.crop((inner.width - 1, 0, inner.width, inner.height))
+    wide.paste(last.resize((size[0] - left, inner.height)), (left, 0))
+    wide.paste(inner, (left, 0))
     tall = wide.crop((0, 0, size[0], 1)).resize(size)
-    tall.paste(wide.crop((0, wide.height - 1, size[0], wide.height)).resize((size[0], size[1] - top)), (0, top))
+    last = wide.crop((0, wide.height - 1, size[0], wide.height))
+    tall.paste(last.resize((size[0], size[1] - top)), (0, top))
     tall.paste(wide, (0, top))
     return tall
 
