@@ -21,7 +21,7 @@ MOST_CONNECTIONS = 900  # at once; more are told to come back (503). Below the u
 LEAVING = 3  # seconds that open answers have when the server stops
 
 
-class Impatient(Web):
+class Door(Web):
     """uvicorn's HTTP/1.1, hanging up on who opens a connection and does not say what it wants."""
 
     _waiting: asyncio.TimerHandle | None = None
@@ -89,7 +89,7 @@ def configured(app: ASGIApp, settings: Settings) -> uvicorn.Config:
         host=settings.host,
         port=settings.port,
         loop="asyncio",
-        http=Impatient,
+        http=Door,
         ws=Socket,
         ws_max_size=LARGEST_MESSAGE,
         h11_max_incomplete_event_size=LARGEST_HEADER,
