@@ -125,7 +125,7 @@ def test_text_encoders_in_the_same_file_are_merged_too(tmp_path: Path, tree: Pat
     name = CLIP_LAYERS[0]
     with open_tensors(to) as file:
         merged = file.read(f"{PREFIXES['clip_l']}{name}.weight", torch.float32)
-    expected = clip.get_submodule(name).weight + 0.5 * (
+    expected = weight_of(clip.get_submodule(name)) + 0.5 * (
         changes[f"{name}.lora_up.weight"] @ changes[f"{name}.lora_down.weight"]
     )
     assert torch.allclose(merged, expected, atol=2e-3)

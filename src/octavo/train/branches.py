@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from octavo.errors import RequestError, did_you_mean
 from octavo.models import MMDiT
-from octavo.models.adapter import Adapter, LayerChange, LowRank
+from octavo.models.adapter import LowRank
 
 _ATTENTION = r"joint_blocks\.\d+\.\w+\.attn2?\.(qkv|proj)"
 # Which linear layers get a branch, by name of the choice.
@@ -75,7 +75,7 @@ class Branches(nn.Module):
 
     @contextmanager
     def attached(self, mmdit: MMDiT) -> Iterator[None]:
-        """Let them act on the model while entered."""
+        """Let them act on the model while entered; until gradients are there, should activations be computed again."""
         handles = []
         try:
             for name in self.names:
@@ -92,10 +92,6 @@ class Branches(nn.Module):
             branch = cast(Branch, self.of[_key(name)])
             found[name] = LowRank(branch.down.detach().clone(), branch.up.detach() * branch.scale)
         return found
-
-    def adapter(self, name: str) -> Adapter:
-        """The same as an adapter, for drawing."""
-        return Adapter(name, {layer: LayerChange((change,)) for layer, change in self.changes().items()})
 
 
 def _key(name: str) -> str:

@@ -132,13 +132,13 @@ def train_lora(
 
     def loss_of_step(number: int) -> Tensor:
         if sheets is not None and number and number % sample_every == 0:
-            sheets.draw(branches).save(work / f"sheet-{number:06}.png")
+            sheets.draw().save(work / f"sheet-{number:06}.png")
         batch = draw_batch(lessons, number, recipe, components.preset.shift)
-        with branches.attached(mmdit):
-            return flow_loss(mmdit, batch, trained_modulation=branches.on_modulation, checkpointing=checkpointing)
+        return flow_loss(mmdit, batch, trained_modulation=branches.on_modulation, checkpointing=checkpointing)
 
     try:
-        with whole_processor():
+        # Attached all the while: on the way back, too, where activations are computed again.
+        with whole_processor(), torch.enable_grad(), branches.attached(mmdit):
             train(
                 branches,
                 loss_of_step,
@@ -150,6 +150,8 @@ def train_lora(
                 report=report,
                 save_every_seconds=save_every_seconds,
             )
+            if sheets is not None:
+                sheets.draw().save(work / f"sheet-{recipe.steps:06}.png")
     except FloatingPointError as error:
         raise NumericsError(f"The {error}: try a lower --learning-rate, or --dtype float32.") from error
     metadata = {
@@ -159,8 +161,6 @@ def train_lora(
     depth = len(mmdit.joint_blocks)
     tensors = tensors_of(branches.changes(), form, depth=depth, alpha=recipe.alpha, dtype=torch.bfloat16)
     save_safetensors(out, tensors, metadata)
-    if sheets is not None:
-        sheets.draw(branches).save(work / f"sheet-{recipe.steps:06}.png")
     return out
 
 
@@ -235,12 +235,12 @@ class _Sheets:
         self._tracks = [(job, prepare(components, job)) for job in jobs]
 
     @torch.inference_mode()
-    def draw(self, branches: Branches) -> Image.Image:
-        """A picture of each prompt, above its words."""
-        components, applied = self._components, ((branches.adapter("training"), 1.0),)
+    def draw(self) -> Image.Image:
+        """A picture of each prompt, above its words, by the model with what hangs on it now."""
+        components = self._components
         pictures = []
         for job, track in self._tracks:
-            changed = replace(track, adapters=applied, tables={}, arranged={})
+            changed = replace(track, tables={}, arranged={})
             latents = solve(start(components, job, changed), lambda _step: None)
             tile = TILE if components.wants_tiles(job.width, job.height) else None
             pictures.append(to_uint8(decode_as_fits(components.vae(), latents, tile=tile, overlap=OVERLAP))[0].cpu())
