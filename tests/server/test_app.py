@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
+from octavo.checkpoint.presets import Preset
 from octavo.errors import CorruptFileError, RequestError
 from octavo.server import logs, pictures, run
 from octavo.server.run import Server, address_of, bind
@@ -67,7 +68,8 @@ def test_what_was_accepted_before_a_stop_is_done_after_the_next_start(tmp_path: 
         raise CorruptFileError("not this time")
 
     with listening(settings, never) as live:
-        payload = pictures.payload_of(pictures.request_of({"prompt": "a star", "seed": 1}, settings), None)
+        request = pictures.request_of({"prompt": "a star", "seed": 1}, settings, Preset(name="any"))
+        payload = pictures.payload_of(request, None)
         job = live.state.service.submit("generate", payload).id
     with listening(settings) as live:
         until(lambda: (live.state.queue.get(job) or pytest.fail("lost")).over, "it is done")

@@ -20,10 +20,10 @@ class Item:
 
 def survey(folders: Folders, *categories: str) -> list[Item]:
     """Every file of these categories (all, if none is given)."""
-    return [_examine(file) for file in folders.files(*categories)]
+    return [examine(file) for file in folders.files(*categories)]
 
 
-def _examine(file: ModelFile) -> Item:
+def examine(file: ModelFile) -> Item:
     """One file, or all components of a diffusers folder."""
     path = file.path
     weights = [found for name in COMPONENTS if (found := weights_in(path / name))] if path.is_dir() else [path]

@@ -56,22 +56,21 @@ async def _draw(
     body: Drawing, request: Request, state: State, start: tuple[Image.Image, Image.Image | None] | None
 ) -> dict[str, Any]:
     """Submit, wait, and answer in A1111's shape."""
-    works = await state.until_started()
     caller = caller_of(request).name
     options = a1111_lists.options_of(state, caller) | await a1111_lists.checked(state, body.override_settings)
     model = options["model"]
+    preset = await pictures.preset_of(state, model)
     wishes = await asyncio.to_thread(wishes_of, body, options)
     prepared = None
     if start is not None:
-        preset = (await asyncio.to_thread(works.shelf.components, model)).preset
         wishes["width"], wishes["height"] = body.width or preset.width, body.height or preset.height
         # Before anything is as large as that.
-        pictures.request_of(wishes, state.settings)
+        pictures.request_of(wishes, state.settings, preset)
         assert isinstance(body, ImageToImage)
         prepared = await asyncio.to_thread(_prepared, body, *start, (wishes["width"], wishes["height"]))
         wishes |= await asyncio.to_thread(_kept, prepared, state)
         wishes["denoise"] = body.denoising_strength
-    asked = pictures.request_of(wishes, state.settings)
+    asked = pictures.request_of(wishes, state.settings, preset)
     form = "jpeg" if options["samples_format"] == "jpg" else options["samples_format"]
     job = await jobs.submit(request, state, "generate", pictures.payload_of(asked, model, form), api="a1111")
     if not body.override_settings_restore_afterwards:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from octavo.errors import RequestError, did_you_mean
 
+LONGEST_NAME = 100  # letters
 MARK = "octavo-"  # what our keys begin with, so that they are recognised where they should not be
 
 
@@ -104,8 +105,8 @@ def add_key(file: Path, name: str, *, priority: int = 0) -> str:
         RequestError: the name is taken or empty.
     """
     entries = read_keys(file)
-    if not name.strip() or not name.isprintable():
-        raise RequestError("A key needs a name: who will use it?")
+    if not name.strip() or not name.isprintable() or len(name) > LONGEST_NAME:
+        raise RequestError(f"A key needs a name of at most {LONGEST_NAME} letters: who will use it?")
     if any(entry.name == name for entry in entries):
         raise RequestError(f"There is a key '{name}' already; 'octavo serve --remove-key {name}' takes it away.")
     key = MARK + secrets.token_urlsafe(32)

@@ -36,7 +36,7 @@ class Bounded:
         if not (announced.isascii() and announced.isdigit()) or int(announced) > self._max_body:
             await self._refuse_size(scope, receive, send)
             return
-        received, whole, answered = 0, False, False
+        received, whole, started, answered = 0, False, False, False
 
         async def bounded() -> Message:
             nonlocal received, whole, answered
@@ -45,7 +45,7 @@ class Bounded:
             try:
                 message = await asyncio.wait_for(receive(), self._timeout)
             except TimeoutError:
-                if not answered:
+                if not started:
                     answered = True
                     text = f"Nothing more of the request came for {self._timeout:g} seconds."
                     await _last_word(scope, receive, send, 408, "request_timeout", text)
@@ -54,14 +54,16 @@ class Bounded:
                 received += len(message.get("body", b""))
                 whole = not message.get("more_body", False)
                 if received > self._max_body:
-                    answered = True
-                    await self._refuse_size(scope, receive, send)
+                    if not started:
+                        answered = True
+                        await self._refuse_size(scope, receive, send)
                     raise BodyTooLargeError
             return message
 
         async def unless_answered(message: Message) -> None:
-            nonlocal answered
+            nonlocal started
             if not answered:
+                started = True
                 await send(message)
 
         try:

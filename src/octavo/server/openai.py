@@ -114,9 +114,8 @@ async def _ordered(
     body: Images, request: Request, state: State, image: Image.Image | None, mask: Image.Image | None
 ) -> Order:
     """Check all, prepare the pictures, and submit."""
-    works = await state.until_started()
     model = await pictures.known_model(state, body.model)
-    preset = (await asyncio.to_thread(works.shelf.components, model)).preset
+    preset = await pictures.preset_of(state, model)
     size = size_of(body.size)
     if size is None and image is not None:
         size = suited(image.size, preset.width * preset.height)
@@ -132,7 +131,7 @@ async def _ordered(
         "seed": body.seed,
         "batch": body.n,
     }
-    asked = pictures.request_of(wishes, state.settings)
+    asked = pictures.request_of(wishes, state.settings, preset)
     prepared = None
     if image is not None:
         assert isinstance(body, Edits)
@@ -144,7 +143,7 @@ async def _ordered(
             wishes["denoise"] = body.denoise
         if prepared.mask is not None:
             wishes["mask"] = await asyncio.to_thread(pictures.keep_upload, prepared.mask, state.settings.uploads)
-        asked = pictures.request_of(wishes, state.settings)
+        asked = pictures.request_of(wishes, state.settings, preset)
     payload = pictures.payload_of(asked, model, body.form)
     previews = bool(body.stream and body.partial_images)
     job = await jobs.submit(request, state, "generate", payload, api="openai", previews=previews)

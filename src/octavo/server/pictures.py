@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ from octavo.server.security import jail
 from octavo.server.settings import Settings
 
 if TYPE_CHECKING:
-    from octavo.checkpoint.folders import Folders
+    from octavo.checkpoint.folders import Folders, ModelFile
+    from octavo.checkpoint.presets import Preset
     from octavo.engine.jobs import Stored
     from octavo.pipeline.request import GenerateRequest
     from octavo.server.state import State
@@ -45,13 +47,19 @@ class Made:
         return image
 
 
-def request_of(wishes: Mapping[str, Any], settings: Settings) -> "GenerateRequest":
+def request_of(wishes: Mapping[str, Any], settings: Settings, preset: "Preset") -> "GenerateRequest":
     """A request from fields that may be None, within the server's bounds. Needs torch imported.
+
+    Args:
+        wishes: by the names of `GenerateRequest`.
+        settings: of the server, for its bounds.
+        preset: of the model, for the size where none is asked for.
 
     Raises:
         RequestError: a value out of range, or more than the server allows.
     """
     from octavo.pipeline.request import GenerateRequest
+    from octavo.sampling import get_sampler, get_schedule
 
     prompts = [wishes.get("prompt") or "", wishes.get("negative_prompt") or ""]
     if max(map(len, prompts)) > LONGEST_PROMPT:
@@ -62,16 +70,24 @@ def request_of(wishes: Mapping[str, Any], settings: Settings) -> "GenerateReques
     if (wishes.get("batch") or 1) > MOST_PICTURES:
         raise RequestError(f"{wishes['batch']} pictures are asked for; {MOST_PICTURES} are drawn at a time.")
     request = GenerateRequest(**{name: value for name, value in wishes.items() if value is not None})
-    for name, known in (("sampler", _sampler), ("schedule", _schedule)):
-        if getattr(request, name) is not None:
-            known(getattr(request, name))
-    width, height = request.width or 0, request.height or 0
-    if (width or height) * (height or width) > settings.max_pixels:
+    if request.sampler is not None:
+        get_sampler(request.sampler)
+    if request.schedule is not None:
+        get_schedule(request.schedule)
+    width, height = request.width or preset.width, request.height or preset.height
+    if width * height > settings.max_pixels:
+        usual = "" if request.width or request.height else ", which suits the model,"
         raise RequestError(
-            f"{width or '…'}x{height or '…'} is larger than the {settings.max_pixels} pixels that this server draws "
-            "(--max-pixels)."
+            f"{width}x{height}{usual} is larger than the {settings.max_pixels} pixels that this server draws "
+            "(--max-pixels). Ask for a smaller size."
         )
     return request
+
+
+async def preset_of(state: "State", model: str | None) -> "Preset":
+    """The settings that suit a model; it has been looked up by `known_model`."""
+    works = await state.until_started()
+    return (await asyncio.to_thread(works.shelf.components, model)).preset
 
 
 def payload_of(request: "GenerateRequest", model: str | None, form: str = "png") -> dict[str, Any]:
@@ -196,14 +212,27 @@ def named(name: str, names: Mapping[str, str | None]) -> str | None:
 
 def model_names(folders: "Folders", settings: Settings) -> dict[str, str | None]:
     """What may be named, and how the shelf is told; the server's own model first."""
-    from octavo.checkpoint.library import survey
+    from octavo.checkpoint.folders import MODELS
 
     own = default_name(settings)
     names: dict[str, str | None] = {own: settings.model}
-    for item in survey(folders, "checkpoints", "diffusion_models", "diffusers"):
-        if "mmdit" in item.kinds and item.problem is None and _loosely(Path(item.file.name).stem) != _loosely(own):
-            names.setdefault(item.file.name, item.file.name)
+    for file in folders.files(*MODELS):
+        try:
+            status = file.path.stat()
+        except OSError:
+            continue  # a link that leads nowhere
+        if _loosely(Path(file.name).stem) != _loosely(own) and _draws(file, status.st_mtime_ns, status.st_size):
+            names.setdefault(file.name, file.name)
     return names
+
+
+@lru_cache(maxsize=4096)
+def _draws(file: "ModelFile", _changed: int, _size: int) -> bool:
+    """Whether a file holds a diffusion model that can be used; its header is read once for each version of it."""
+    from octavo.checkpoint.library import examine
+
+    item = examine(file)
+    return "mmdit" in item.kinds and item.problem is None
 
 
 def default_name(settings: Settings) -> str:
@@ -213,15 +242,3 @@ def default_name(settings: Settings) -> str:
 
 def _loosely(name: str) -> str:
     return name.lower().replace("-", "_").replace(" ", "_").removesuffix(".safetensors")
-
-
-def _sampler(name: str) -> object:
-    from octavo.sampling import get_sampler
-
-    return get_sampler(name)
-
-
-def _schedule(name: str) -> object:
-    from octavo.sampling import get_schedule
-
-    return get_schedule(name)
