@@ -2,6 +2,7 @@
 
 import base64
 import io
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -10,7 +11,7 @@ import webuiapi
 from PIL import Image, ImageChops, ImageDraw
 
 from octavo import GenerateRequest, generate, load
-from tests.server.conftest import Live
+from tests.server.conftest import Live, listening, settings_in, until
 
 WISH: dict[str, Any] = {"prompt": "a large red star on a blue background", "seed": 3, "steps": 3}
 SIZE = {"width": 128, "height": 96}
@@ -72,3 +73,16 @@ def test_a_lora_that_is_not_there_is_said_so(live_model: Live) -> None:
     answer = httpx.post(f"{live_model.url}/sdapi/v1/txt2img", json=body)
     assert 400 <= answer.status_code < 500
     assert "no such one" in answer.json()["detail"]
+
+
+def test_fp8_layers_are_counted_by_how_they_multiply(tmp_path: Path) -> None:
+    import re
+
+    import httpx
+
+    with listening(settings_in(tmp_path, model="octavo-demo-fp8", loading={"device": "cpu"}), load=None) as live:
+        until(lambda: live.state.is_ready, "the model is loaded")
+        text = httpx.get(f"{live.url}/metrics").text
+        counts = [float(count) for count in re.findall(r'^octavo_fp8_layers\{path="[^"]+"\} (\S+)', text, re.M)]
+        assert sum(counts) == live.state.shelf.components("octavo-demo-fp8").mmdit.fp8_linears > 0
+        assert httpx.get(f"{live.url}/v1/models").json()["data"][0]["id"] == "octavo-demo-fp8"
