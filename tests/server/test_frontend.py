@@ -11,7 +11,12 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from octavo.graph.frontend import to_prompt
+from octavo.graph.nodes import NODES
+from octavo.graph.workflow import validate
 from octavo.server.comfy import frontend
+from tests.goldens import ROOT
+from tests.graph.compare import FixedLists
 from tests.server.conftest import Live, MakeServer
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -24,6 +29,8 @@ PATIENCE = 60_000  # ms
 HARMLESS = (
     "status of 404", "user.css", "Content Security Policy", "deprecated", "Invalid layout total size", "ERR_ABORTED",
 )  # fmt: skip
+
+NEED_A_PICTURE = {"img2img", "inpaint"}  # of their user's
 
 installed = pytest.mark.skipif(frontend.page_folder() is None, reason="comfyui-frontend-package is not installed")
 
@@ -148,9 +155,17 @@ def test_without_the_package_the_page_says_what_to_install(
 
 def test_each_template_is_a_workflow_with_a_picture(server: TestClient) -> None:
     [category] = server.get("/comfy/templates/index.json").json()
+    models = {path.name for path in (ROOT / "examples" / "workflows").glob("*.json")}
     for template in category["templates"]:
         workflow = server.get(f"/comfy/templates/{template['name']}.json").json()
-        assert len(workflow["nodes"]) >= 7
+        names = [value for node in workflow["nodes"] for value in node.get("widgets_values") or ()]
+        files = [name for name in names if str(name).endswith(".safetensors")]
+        lists = FixedLists(checkpoints=files, text_encoders=files)
+        prompt = to_prompt(workflow, NODES, lists)
+        if template["name"] not in NEED_A_PICTURE:
+            assert validate(prompt, NODES, lists).node_errors == {}, template["name"]
+        if template["name"] != "octavo-demo":
+            assert f"{template['name']}.json" in models, "the same as among the examples"
         picture = server.get(f"/comfy/templates/{template['name']}-1.{template['mediaSubtype']}")
         assert Image.open(BytesIO(picture.content)).size == (256, 256)
     assert server.get("/comfy/templates/..%2Findex.json").status_code == 404
