@@ -5,6 +5,7 @@ Two headers are common to all APIs: `Idempotency-Key` (the same request sent twi
 """
 
 import asyncio
+import logging
 import re
 import time
 import uuid
@@ -21,6 +22,8 @@ from octavo.server.hub import Follower
 from octavo.server.problems import Refused, status_of_type
 from octavo.server.security import caller_of
 from octavo.server.state import State
+
+logger = logging.getLogger(__name__)
 
 Api = Literal["octavo", "comfyui", "a1111", "openai"]
 POLL = 2.0  # seconds after which the queue is asked, should an event have been lost
@@ -157,6 +160,7 @@ async def submit(
                 "Its deadline passed before it was in the queue. Allow more time."
             ) from error
         raise
+    logger.info("%s request %s accepted", api, stored.id, extra={"job": stored.id, "client": caller.name})
     if stored.id != id:
         # Sent before, with the same key: follow that one.
         state.events.drop(id, with_follower)
