@@ -36,6 +36,7 @@ KEPT: Mapping[Kind, tuple[str, ...]] = {
 # Layers whose input is never rounded: called once a run or a step, for few rows, so that exactness costs no time.
 EXACT: Mapping[Kind, tuple[str, ...]] = {
     "mmdit": ("*adaLN_modulation*", "t_embedder.*", "y_embedder.*", "context_embedder"),
+    "controlnet": ("*adaLN_modulation*", "t_embedder.*", "y_embedder.*", "context_embedder"),
 }
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from octavo.pipeline.components import Components
+    from octavo.pipeline.control_request import ControlImage
     from octavo.pipeline.generate import Progress as Report
     from octavo.pipeline.generate import Watcher
     from octavo.pipeline.request import GenerateRequest, Lora
@@ -31,6 +32,8 @@ octavo generate "the same, at night" --image fox.png --denoise 0.6 --model sd3.5
 octavo generate "a red fox on a bench" --image park.png --mask bench.png --model sd3.5_large
 
 octavo generate "a red fox <lora:watercolour:0.8>" --lora hands.safetensors:0.6 --model sd3.5_large
+
+octavo generate "a red heart on a white background" --control canny:photo.png --control-strength 0.8
 
 octavo generate --from output/octavo-00001.png --seed 7
 
@@ -94,6 +97,18 @@ def generate(
             help="How much of --image to make anew, 0 to 1.  [default: 0.6; 1 with --mask]", show_default=False
         ),
     ] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Picture to follow: canny:photo.png follows its edges, depth:… and blur:… such pictures; or "
+            "model=file,image=picture.png,strength=0.8,end=0.6. May be repeated."
+        ),
+    ] = None,
+    control_strength: Annotated[
+        float | None, typer.Option(help="Strength of each --control that says none, 0 to 10.")
+    ] = None,
+    control_start: Annotated[float | None, typer.Option(help="Fraction of the schedule from which on it acts.")] = None,
+    control_end: Annotated[float | None, typer.Option(help="Fraction of the schedule up to which it acts.")] = None,
     slg: Annotated[
         float | None, typer.Option(help="Scale of skip-layer guidance; 0 is off. Made for SD3.5 Medium.")
     ] = None,
@@ -144,6 +159,7 @@ def generate(
         "negative_prompt": negative, "steps": steps, "guidance_scale": guidance, "sampler": sampler,
         "schedule": schedule, "shift": shift, "seed": seed, "batch": batch, "guidance_rescale": rescale,
         "clip_skip": clip_skip, "denoise": _share(denoise, image, mask),
+        "controls": _controls(control, strength=control_strength, start=control_start, end=control_end),
         "loras": _loras(lora), "image": str(image) if image else None, "mask": str(mask) if mask else None,
         **parse_size(size), **_interval(guidance_interval), **_skip_layers(slg),
     }  # fmt: skip
@@ -268,6 +284,14 @@ def _skip_layers(scale: float | None) -> dict[str, Any]:
     from octavo.sampling.guidance import SkipLayerGuidance
 
     return {"skip_layer_guidance": SkipLayerGuidance(scale=scale)}
+
+
+def _controls(texts: list[str] | None, **given: float | None) -> "tuple[ControlImage, ...] | None":
+    from octavo.pipeline.control_request import control_called
+
+    if not texts and any(value is not None for value in given.values()):
+        raise RequestError("--control-strength, --control-start and --control-end say how a --control acts: give one.")
+    return tuple(control_called(text, **given) for text in texts or ()) or None
 
 
 def _loras(given: list[str] | None) -> "tuple[Lora, ...] | None":

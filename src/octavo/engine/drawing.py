@@ -255,8 +255,12 @@ def _whole_number(payload: Mapping[str, Any], name: str, default: int) -> int:
 
 
 def _without_paths(picture: Picture) -> Picture:
-    """Without the folders of this machine: what a picture tells of the one it started from is its name."""
-    names = {key: PurePath(picture.settings[key]).name for key in ("image", "mask") if picture.settings.get(key)}
+    """Without the folders of this machine: what a picture tells of those it started from is their names."""
+    names: dict[str, Any] = {
+        key: PurePath(picture.settings[key]).name for key in ("image", "mask") if picture.settings.get(key)
+    }
+    if controls := picture.settings.get("controls"):
+        names["controls"] = [control | {"image": PurePath(control["image"]).name} for control in controls]
     return replace(picture, settings=picture.settings | names)
 
 

@@ -24,6 +24,7 @@ from octavo.errors import CheckpointError, ModelNotFoundError, RequestError, Wro
 from octavo.fp8 import E4M3FN, FORMATS, Fp8Format
 from octavo.models import VAE, ClipConfig, ClipTextEncoder, MMDiT, MMDiTConfig, T5Config, T5Encoder
 from octavo.pipeline.components import Arithmetic, Components, Part
+from octavo.pipeline.controlnets import ControlNets
 from octavo.pipeline.encode import TextEncoders
 from octavo.pipeline.loras import Loras
 from octavo.text.tokenizers import EncoderTokenizer, Tokenizers
@@ -160,6 +161,14 @@ def load(
         tiled_vae=tiled_vae,
         retry_bf16=retry_bf16,
         loras=loras or Loras(folders),
+        controlnets=ControlNets(
+            folders,
+            chosen_device,
+            chosen_dtype,
+            arithmetic,
+            make_part=make_part,
+            paths=loras is None or loras.paths,
+        ),
     )
 
 

@@ -32,6 +32,9 @@ from octavo.pipeline.latents import FACTOR
 from octavo.text.lora_tags import split_tags, spoken
 
 if TYPE_CHECKING:
+    from octavo.pipeline.control import Control
+    from octavo.pipeline.control_request import ControlImage
+    from octavo.pipeline.controlnets import ControlNets
     from octavo.pipeline.loras import Loras, Stack
     from octavo.pipeline.request import Lora
 
@@ -154,7 +157,7 @@ class Part(Generic[M]):
 
     def _rows(self, layer: str) -> int:
         """How many rows the input of a layer usually has."""
-        if self.kind != "mmdit":
+        if self.kind not in ("mmdit", "controlnet"):
             return PROMPT_ROWS
         once_a_step = "adaLN_modulation" in layer or layer.startswith(("t_embedder", "y_embedder"))
         return STEP_ROWS if once_a_step else TYPICAL_ROWS
@@ -194,11 +197,12 @@ class Components:
         tiled_vae: bool | None = None,
         retry_bf16: bool = False,
         loras: "Loras | None" = None,
+        controlnets: "ControlNets | None" = None,
     ) -> None:
         self.name, self.preset, self.embedded, self.warnings = name, preset, embedded, tuple(warnings)
         self.mmdit, self.vae, self.encoders, self.text = mmdit, vae, tuple(encoders), text
         self._tiled_vae, self.retry_bf16 = tiled_vae, retry_bf16
-        self._loras = loras
+        self._loras, self._controlnets = loras, controlnets
 
     @property
     def device(self) -> torch.device:
@@ -235,6 +239,19 @@ class Components:
             return {}
         assert self._loras is not None, "made without a place to look for LoRAs"
         return self._loras.stack(loras, (self.mmdit, *self.encoders))
+
+    def controls(self, wishes: "Sequence[ControlImage]", width: int, height: int) -> "tuple[Control, ...]":
+        """What is to be followed in a picture of this size; loads nothing but the pictures.
+
+        Raises:
+            As `ControlNets.controls`.
+        """
+        if not wishes:
+            return ()
+        assert self._controlnets is not None, "made without a place to look for ControlNets"
+        config = self.mmdit.config
+        assert isinstance(config, MMDiTConfig)
+        return self._controlnets.controls(wishes, config, self.name, self.vae, (width, height))
 
     def remarks(self, prompt: str) -> list[str]:
         """What the user should know of a prompt: words that no encoder knows, embeddings that are left out."""

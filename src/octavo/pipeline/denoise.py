@@ -48,9 +48,12 @@ class Track:
         guidance: Guidance,
         shift: float,
         adapters: Applied = (),
+        control: tuple[Control, ...] = (),
     ) -> "Track":
-        """The plain case: one prompt a side, everywhere, from the first step to the last."""
-        sides = [None if each is None else (Condition(conditioning=each),) for each in (positive, negative)]
+        """The plain case: one prompt a side, everywhere, from the first step to the last; both follow `control`."""
+        sides = [
+            None if each is None else (Condition(conditioning=each, control=control),) for each in (positive, negative)
+        ]
         return cls(positive=sides[0] or (), negative=sides[1], guidance=guidance, shift=shift, adapters=adapters)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Track":

@@ -138,8 +138,11 @@ def prepare(components: Components, job: Job, *, encode: Encode = encode) -> Tra
     if free.scale != 1 or get_sampler(job.sampler).needs_uncond:
         negative = encode(text, spoken(job.negative_prompt), job.clip_skip).to(device, dtype)
     positive = encode(text, spoken(job.prompt), job.clip_skip).to(device, dtype)
+    controls = components.controls(job.controls, job.width, job.height)
+    for control in controls:  # while the VAE is needed anyway, or before there is anything beside it
+        control.hint(latent_shape(job.width, job.height)[-2:])
     components.make_room_for(components.mmdit, *components.encoders)
-    return Track.of(positive, negative, guidance, job.shift, stack.get("mmdit", ()))
+    return Track.of(positive, negative, guidance, job.shift, stack.get("mmdit", ()), controls)
 
 
 @torch.inference_mode()

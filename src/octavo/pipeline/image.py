@@ -112,7 +112,11 @@ def open_image(path: str | os.PathLike[str], *, max_pixels: int | None = None) -
                 f"{path.name} is {image.width}x{image.height} and so has {image.width * image.height:,} pixels; "
                 f"{max_pixels:,} are the most. Make it smaller."
             )
-        image.load()
+        try:
+            image.load()
+        except BaseException:
+            image.close()
+            raise
     except FileNotFoundError as error:
         raise RequestError(f"There is no file {path}.") from error
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:

@@ -12,6 +12,7 @@ from typing import Any
 from octavo._version import __version__
 from octavo.checkpoint.presets import Preset
 from octavo.errors import RequestError
+from octavo.pipeline.control_request import ControlImage
 from octavo.sampling import get_sampler, get_schedule
 from octavo.sampling.guidance import SkipLayerGuidance
 from octavo.text.lora_tags import split_tags
@@ -47,6 +48,7 @@ class GenerateRequest:
     prompt: str  # may ask for LoRAs, as <lora:name:0.8>; see `text.lora_tags`
     negative_prompt: str = ""
     loras: tuple[Lora, ...] = ()  # beside those
+    controls: tuple[ControlImage, ...] = ()  # pictures to follow
     width: int | None = None  # pixels
     height: int | None = None  # pixels
     steps: int | None = None
@@ -103,6 +105,8 @@ class GenerateRequest:
         if self.loras:
             each = (asdict(lora) for lora in self.loras)
             plain["loras"] = [{key: value for key, value in lora.items() if value is not None} for lora in each]
+        if self.controls:
+            plain["controls"] = [control.settings for control in self.controls]
         return plain
 
     @classmethod
@@ -126,6 +130,8 @@ class GenerateRequest:
                 values["skip_layer_guidance"] = SkipLayerGuidance(**{**guidance, "layers": tuple(guidance["layers"])})
             if "loras" in values:
                 values["loras"] = tuple(Lora(**lora) for lora in values["loras"])
+            if "controls" in values:
+                values["controls"] = tuple(ControlImage(**control) for control in values["controls"])
             return cls(**values)
         except (TypeError, KeyError, AttributeError) as error:
             raise RequestError(f"The settings cannot be read: {error}.") from error
