@@ -11,6 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from octavo.errors import RequestError
 from octavo.pipeline.image import a1111_parameters
+from octavo.server import inpaint
 from octavo.server.a1111_text import parameters_in, parsed
 from octavo.server.inpaint import filled, fitted, prepare, region
 
@@ -79,7 +80,9 @@ def test_nothing_outside_the_mask_changes(mask: Any, size: Any, only: bool, fill
         assert prepared.whole.tobytes() == picture.tobytes()
 
 
-def test_filling_hides_what_is_masked_behind_what_is_around_it() -> None:
+@pytest.mark.parametrize("largest", [1000, 10_000])
+def test_filling_hides_what_is_masked_behind_what_is_around_it(largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inpaint, "LARGEST_FILL", largest)
     picture = Image.new("RGB", (64, 64), (20, 90, 160))
     ImageDraw.Draw(picture).rectangle((20, 20, 43, 43), fill=(255, 0, 0))
     mask = Image.new("L", (64, 64), 0)

@@ -108,6 +108,8 @@ def test_only_our_own_names_are_answered_to(make_server: MakeServer) -> None:
         "localhost.evil.example",
         "",
         "pictures.example.",
+        "127.0.0.1:evil/",
+        "localhost:80:80",
         "[::1",
     ):
         answer = server.get("/queue", headers={"Host": host})

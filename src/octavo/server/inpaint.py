@@ -14,6 +14,8 @@ from octavo.errors import RequestError
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 ResizeMode = Literal["stretch", "crop", "pad"]
 
+LARGEST_FILL = 4_000_000  # pixels
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
@@ -163,6 +165,12 @@ def filled(image: Image.Image, mask: Image.Image) -> Image.Image:
     Source: the pull-push of Gortler et al. 1996, "The Lumigraph": halve what is known until nothing is missing, then
     come back, each finer picture over the coarser one.
     """
+    if image.width * image.height > LARGEST_FILL:
+        # What is filled in is smooth, so that a smaller picture tells it as well, in less memory.
+        shrink = (LARGEST_FILL / (image.width * image.height)) ** 0.5
+        size = max(1, int(image.width * shrink)), max(1, int(image.height * shrink))
+        small = filled(image.resize(size), mask.resize(size))
+        return Image.composite(small.resize(image.size, Image.Resampling.BICUBIC), image, mask)
     known = image.convert("RGBA")
     known.putalpha(ImageOps.invert(mask))
     levels = [known]

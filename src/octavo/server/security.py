@@ -7,6 +7,7 @@ before the application sees anything of the request.
 import base64
 import binascii
 import logging
+import re
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from ipaddress import ip_address
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 OPEN_TO_ALL = frozenset({"/health", "/ready"})  # for those who watch over the server; they tell nothing of use
 DEFAULT_PORTS = {"http": "80", "https": "443", "ws": "80", "wss": "443"}
+PORT = re.compile(r"(:\d{1,5})?", re.ASCII)
 LONGEST_NAME = 1024  # letters of a file's name
 
 # Pictures and previews are shown from blobs and data; ComfyUI's page compiles scripts and styles as it goes.
@@ -142,6 +144,8 @@ class SameSite:
 
     def _known(self, host: str) -> bool:
         name = host_name(host)
+        if not PORT.fullmatch(host[len(name) :]):
+            return False
         if self._any_name or name in self._names or name.endswith(".localhost"):
             return True
         try:
