@@ -1,7 +1,6 @@
 """`octavo serve` as a process: quick to answer, clear when it cannot start, gone when told."""
 
 import contextlib
-import http.client
 import json
 import os
 import re
@@ -10,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,48 +109,3 @@ def test_help_and_settings_import_no_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
-
-@pytest.mark.slow
-def test_killed_in_the_middle_nothing_is_lost_and_nothing_drawn_twice(tmp_path: Path) -> None:
-    """Clients that send again with their key get their one picture, however often the server dies."""
-    import random
-    import threading
-
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
-        port = free.getsockname()[1]
-    address, clients = f"http://127.0.0.1:{port}", 12
-    answers: dict[int, list[int]] = {}
-
-    def client(number: int) -> None:
-        body = {"prompt": "a red circle", "seed": number, "steps": 30, "width": 64, "height": 64}
-        headers = {"Content-Type": "application/json", "Idempotency-Key": f"client-{number}"}
-        request = urllib.request.Request(f"{address}/sdapi/v1/txt2img", json.dumps(body).encode(), headers)
-        end = time.monotonic() + 120
-        while number not in answers and time.monotonic() < end:
-            try:
-                with urllib.request.urlopen(request, timeout=60) as answer:
-                    answers[number] = json.loads(json.load(answer)["info"])["all_seeds"]
-            except urllib.error.HTTPError as refusal:
-                # One that saw two deaths is not tried again, and says so; the others wait for the next start.
-                if refusal.code == 422 and "2 times" in refusal.read().decode():
-                    answers[number] = []
-            except (OSError, http.client.HTTPException):
-                time.sleep(0.05)
-
-    threads = [threading.Thread(target=client, args=(number,), daemon=True) for number in range(clients)]
-    for thread in threads:
-        thread.start()
-    for kill in range(3):
-        with serving(tmp_path, "--port", str(port), "--workers", "3"):
-            asked(address + "/sdapi/v1/samplers")
-            time.sleep(random.uniform(0, 0.3) * (kill < 2))
-            if kill == 2:
-                for thread in threads:
-                    thread.join(120)
-    assert answers.keys() == set(range(clients))
-    drawn = [number for number, seeds in answers.items() if seeds]
-    assert all(answers[number] == [number] for number in drawn)
-    assert len(drawn) > clients // 2
-    files = sorted(path.name for path in (tmp_path / "output").iterdir())
-    assert len(files) == len(drawn), files
