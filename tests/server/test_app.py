@@ -14,7 +14,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from octavo.checkpoint.presets import Preset
-from octavo.errors import CorruptFileError, RequestError
+from octavo.errors import CorruptFileError, QueueBusyError, RequestError
 from octavo.server import logs, pictures, run
 from octavo.server.run import Server, address_of, bind
 from octavo.server.state import State, Works
@@ -241,6 +241,17 @@ def test_a_port_that_is_taken_is_said_so(live: Live, tmp_path: Path) -> None:
         bind(settings_in(tmp_path, port=live.port))
     with pytest.raises(RequestError, match="no such address"):
         bind(settings_in(tmp_path, host="no.such.host.invalid"))
+
+
+def test_a_folder_that_another_server_has_is_left_alone(live: Live, tmp_path: Path) -> None:
+    preview = live.settings.temp_dir / "preview.png"
+    preview.write_text("still wanted")
+    with pytest.raises(QueueBusyError, match="in use"):
+        State(live.settings, load=fake_load)
+    assert preview.exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RequestError, match="cannot be made"):
+        State(settings_in(tmp_path / "other", output_dir=tmp_path / "file" / "output"), load=fake_load)
 
 
 def test_addresses_are_those_to_type(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from starlette.requests import HTTPConnection
 from octavo.engine.metrics import Metrics
 from octavo.engine.queue import Queue
 from octavo.engine.service import Service
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, RequestError
 from octavo.server.hub import Hub
 from octavo.server.keys import Keys
 from octavo.server.links import Links
@@ -77,13 +77,11 @@ class State:
     """
 
     def __init__(self, settings: Settings, *, load: Load | None = None) -> None:
-        for folder in (settings.data_dir, settings.output_dir, settings.inputs, settings.uploads, settings.user_dir):
-            folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(settings.temp_dir, ignore_errors=True)
-        settings.temp_dir.mkdir()
         self.settings = settings
         self.metrics = Metrics()
+        # First of all: it refuses where another server has the folder.
         self.queue = Queue(settings.queue_file, limit=settings.queue_limit)
+        _make_folders(settings)
         self.events = Hub()
         self.keys = Keys(settings.keys_file, settings.api_keys)
         self.service = Service(
@@ -248,6 +246,19 @@ class State:
             return self.works.runners[kind](task)
 
         return run
+
+
+def _make_folders(settings: Settings) -> None:
+    try:
+        for folder in (settings.output_dir, settings.inputs, settings.uploads, settings.user_dir):
+            folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(settings.temp_dir, ignore_errors=True)
+        settings.temp_dir.mkdir(exist_ok=True)
+    except OSError as error:
+        raise RequestError(
+            f"The folder {error.filename} cannot be made: {error.strerror}. Choose another --data-dir, --output-dir or "
+            "--input-dir."
+        ) from error
 
 
 def load_works(state: State) -> Works:
