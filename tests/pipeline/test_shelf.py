@@ -131,3 +131,16 @@ def test_texts_are_encoded_once_and_forgotten_by_bytes_and_with_their_encoders()
     del encoders
     gc.collect()
     assert cache.nbytes == 0
+
+
+def test_whoever_counts_is_told_of_each_part_that_is_read(tmp_path: Path) -> None:
+    shelf = Shelf(LoadSettings(models_dir=write_tiny_tree(tmp_path / "models"), device="cpu"))
+    told: list[str] = []
+    shelf.when_loaded = lambda part: told.append(part.kind)
+    components = shelf.components("tiny")
+    for part in (components.mmdit, components.mmdit, components.vae):
+        part()
+    assert told == ["mmdit", "vae"]
+    components.mmdit.release()
+    components.mmdit()
+    assert told == ["mmdit", "vae", "mmdit"]

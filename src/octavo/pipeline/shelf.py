@@ -26,6 +26,7 @@ from octavo.errors import RequestError, WrongModelError, did_you_mean
 from octavo.models import VAE, ClipConfig, MMDiT, MMDiTConfig, T5Config
 from octavo.pipeline.assemble import CALLED, EMBEDDED_MODEL, ENCODERS, format_called, load, text_encoders_of
 from octavo.pipeline.components import SPARE, Arithmetic, Components, Part, preview
+from octavo.pipeline.controlnets import ControlNets
 from octavo.pipeline.encode import Conditioning, TextEncoders, encode_tokens
 from octavo.pipeline.loras import Loras, Stack
 from octavo.pipeline.request import Lora
@@ -133,6 +134,7 @@ class Shelf:
         folders: where it looks for files.
         device, dtype: where and in which numbers its models work.
         loras: LoRA files by name.
+        controlnets: ControlNets by name.
     """
 
     def __init__(self, settings: LoadSettings | None = None) -> None:
@@ -152,8 +154,12 @@ class Shelf:
         self._of_encoders = replace(self._arithmetic, force=format_called(self.settings.force_fp8_text_encoders))
         # Names come over the network: nothing outside of the tree can be named.
         self.loras = Loras(self.folders, paths=False)
+        self.controlnets = ControlNets(
+            self.folders, self.device, self.dtype, self._arithmetic, make_part=self._part, paths=False
+        )
         self._parts: OrderedDict[Hashable, Part[nn.Module]] = OrderedDict()
         self._made: dict[Hashable, Any] = {}
+        self.when_loaded: Callable[[Part[nn.Module]], None] = lambda _part: None
         self._lock = RLock()
 
     # Whole models
@@ -361,10 +367,14 @@ class Shelf:
             part = self._parts.get(key)
             if part is None:
                 made: Part[nn.Module] = Part(located, device, dtype, arithmetic)
-                made.before_loading = lambda: self._make_room(made)
+                made.before_loading = lambda: self._before_loading(made)
                 made.when_used = lambda: self._parts.move_to_end(key)
                 part = self._parts[key] = made
             return part
+
+    def _before_loading(self, part: Part[nn.Module]) -> None:
+        self.when_loaded(part)
+        self._make_room(part)
 
     def _make_room(self, wanted: Part[nn.Module]) -> None:
         """Release parts until `wanted` fits, those used longest ago first."""

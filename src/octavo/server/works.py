@@ -22,6 +22,7 @@ def load(state: State) -> Works:
     components = shelf.components(settings.model)
     if shelf.device.type == "cpu":
         keep_freed_memory()
+    shelf.when_loaded = lambda part: metrics.load(f"{part.path.stem} ({part.kind})")
     batcher = Batcher(metrics=metrics, relief=shelf.free)
     metrics.watch_fp8(lambda: fp8_layers(model for part in shelf.loaded if (model := part.in_memory) is not None))
 
