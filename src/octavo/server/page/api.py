@@ -31,6 +31,16 @@ HEARTBEAT = 15.0  # seconds after which a silent stream says that it lives
 PICTURES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
 
 
+class LoraWish(BaseModel):
+    """A LoRA and how strongly it acts."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(max_length=1000)
+    strength: float = Field(1.0, ge=-100, le=100)
+    text_strength: float | None = Field(None, ge=-100, le=100, description="in the text encoders; else the same")
+
+
 class Wish(BaseModel):
     """What to draw; everything but the prompt is as the model likes it where nothing is said."""
 
@@ -38,6 +48,9 @@ class Wish(BaseModel):
 
     prompt: str = Field(max_length=20_000)
     negative_prompt: str = Field("", max_length=20_000)
+    loras: list[LoraWish] = Field(
+        [], max_length=16, description="as /octavo/models lists them; the prompt can name more"
+    )
     model: str | None = Field(None, description="name of a model, as /octavo/models lists them")
     width: int | None = None
     height: int | None = None

@@ -10,6 +10,7 @@ let jobs = new Map(); // by id, as the server tells them
 let shown = null; // {job, picture} on the stage, or {pair: [a, b]}
 let pairs = new Map(); // id of a job → id of the one to compare it with
 let startPicture = null; // name of an uploaded picture
+let loras = []; // in use: {name, strength, …}
 
 // The server
 
@@ -74,6 +75,38 @@ function about() {
   echo();
 }
 
+// LoRAs: one is chosen from the list, and stands below it with its strength
+
+function listLoras(names) {
+  $("lora-picker").hidden = !names.length;
+  $("lora-names").replaceChildren(new Option("add one …", ""), ...names.map((name) => new Option(name.replace(/\.(safetensors|sft)$/, ""), name)));
+}
+
+function paintLoras() {
+  $("loras").replaceChildren(
+    ...loras.map((lora) => {
+      const chip = document.createElement("li");
+      const strength = Object.assign(document.createElement("input"), { type: "number", min: -2, max: 2, step: 0.05, value: lora.strength });
+      strength.setAttribute("aria-label", `Strength of ${lora.name}`);
+      strength.oninput = () => (lora.strength = Number(strength.value));
+      const off = Object.assign(document.createElement("button"), { type: "button", textContent: "×", title: `Without ${lora.name}` });
+      off.onclick = () => useLoras(loras.filter((each) => each !== lora));
+      chip.append(lora.name.replace(/\.(safetensors|sft)$/, ""), strength, off);
+      return chip;
+    }),
+  );
+}
+
+function useLoras(these) {
+  loras = these.map((each) => ({ ...each }));
+  paintLoras();
+}
+
+$("lora-names").onchange = () => {
+  useLoras([...loras, { name: $("lora-names").value, strength: 1 }]);
+  $("lora-names").value = "";
+};
+
 function echo() {
   for (const [name, id] of [["steps", "steps-now"], ["guidance_scale", "guidance-now"], ["shift", "shift-now"], ["denoise", "denoise-now"]])
     $(id).textContent = field(name).value;
@@ -96,6 +129,7 @@ function settings() {
     // As text: a seed may have more digits than a number here can hold.
     seed: seed || null,
     model: field("model").value,
+    loras,
     ...(startPicture ? { image: startPicture, denoise: number("denoise") } : {}),
   };
 }
@@ -161,6 +195,7 @@ function useThese(used) {
   for (const name of ["prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "sampler", "schedule", "shift", "seed"])
     if (used[name] !== undefined) field(name).value = used[name];
   field("batch").value = 1;
+  useLoras(used.loras || []);
   echo();
   window.scrollTo({ top: 0, behavior: "smooth" });
   field("prompt").focus();
@@ -210,6 +245,7 @@ function paintAbout(job, finished, other) {
     ["p", `${used.model} · ${used.width}×${used.height} · ${used.steps} steps · guidance ${used.guidance_scale} · ${used.sampler}, ${used.schedule} · seed ${used.seed}` +
       (job.seconds ? ` · ${job.seconds.toFixed(1)} s` : "") + (other?.seconds ? ` and ${other.seconds.toFixed(1)} s` : ""), "hint"],
   ].map(([tag, textContent, className = ""]) => Object.assign(document.createElement(tag), { textContent, className }));
+  if (used.loras?.length) lines.push(Object.assign(document.createElement("p"), { textContent: `with ${used.loras.map((each) => `${each.name} ${each.strength}`).join(", ")}`, className: "hint" }));
   if (used.negative_prompt) lines.splice(1, 0, Object.assign(document.createElement("p"), { textContent: `without ${used.negative_prompt}`, className: "hint" }));
   const acts = Object.assign(document.createElement("div"), { className: "acts" });
   const act = (textContent, onclick) => acts.append(Object.assign(document.createElement("button"), { textContent, onclick, type: "button" }));
@@ -372,6 +408,7 @@ $("more").onclick = () => refresh(older).catch((error) => trouble(error.message)
 async function begin() {
   const told = await asJson("octavo/models");
   models = told.models;
+  listLoras(told.loras);
   field("model").replaceChildren(...models.map((each) => new Option(each.title, each.name)));
   field("model").value = told.default;
   for (const [name, values] of [["sampler", told.samplers], ["schedule", told.schedules]])

@@ -59,6 +59,7 @@ class Models(BaseModel):
     default: str
     samplers: list[str]
     schedules: list[str]
+    loras: list[str]
     comfy: bool  # whether ComfyUI's page is served
 
 
@@ -83,6 +84,7 @@ def list_models(state: State) -> Models:
         default=chosen,
         samplers=[name for name in SAMPLERS if not name.endswith("_gpu")],
         schedules=list(SCHEDULES),
+        loras=state.shelf.loras.names(),
         comfy=find_spec("comfyui_frontend_package") is not None,
     )
 
@@ -120,6 +122,8 @@ def settings_of(state: State, model: str | None, asked: Mapping[str, Any]) -> tu
 
     Raises:
         RequestError: it does not suit the model.
+        ModelNotFoundError: there is no LoRA of a name.
+        CheckpointError: a LoRA does not suit the model.
         Refused: more pixels than this server draws, or no such model.
     """
     from octavo.checkpoint.folders import MODELS
@@ -138,6 +142,7 @@ def settings_of(state: State, model: str | None, asked: Mapping[str, Any]) -> tu
     components = state.shelf.components(name)
     request = GenerateRequest.from_settings(asked)
     job = resolve(request, components.preset, model=components.name, max_side=components.max_side)
+    components.stack(job.loras)
     if job.width * job.height > state.settings.max_pixels:
         raise RequestError(
             f"{job.width}x{job.height} is more than the {state.settings.max_pixels} pixels that this server draws; "
