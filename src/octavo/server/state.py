@@ -81,9 +81,13 @@ class State:
         self.metrics = Metrics()
         # First of all: it refuses where another server has the folder.
         self.queue = Queue(settings.queue_file, limit=settings.queue_limit)
-        _make_folders(settings)
+        try:
+            _make_folders(settings)
+            self.keys = Keys(settings.keys_file, settings.api_keys)
+        except RequestError:
+            self.queue.close()
+            raise
         self.events = Hub()
-        self.keys = Keys(settings.keys_file, settings.api_keys)
         self.service = Service(
             self.queue,
             {kind: self._runner(kind) for kind in ("generate", "graph")},
