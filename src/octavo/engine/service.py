@@ -176,9 +176,10 @@ class Service:
                 self._over(stored)
             else:
                 self._announcer.tell(stored.id, "requeued", {})
-        self._state = "running"
-        for thread in (*self._workers, self._keeper):
-            thread.start()
+        with self._lock:  # so that a stop meanwhile finds threads that it can wait for
+            self._state = "running"
+            for thread in (*self._workers, self._keeper):
+                thread.start()
 
     def pause(self) -> None:
         """Begin no more requests; those that run go on."""

@@ -17,7 +17,6 @@ from fastapi.responses import FileResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from octavo.engine.events import Event
-from octavo.errors import QueueFullError
 from octavo.server import jobs
 from octavo.server.limits import open_picture
 from octavo.server.page.views import JobView, Models, job_view, list_models, settings_of
@@ -102,22 +101,18 @@ async def draw(wish: Wish, request: Request, state: TheState) -> JobView:
             asked[name] = str(path)
     model, settings = await asyncio.to_thread(settings_of, state, wish.model, asked)
     caller = caller_of(request)
-    try:
-        stored = await asyncio.to_thread(
-            state.service.submit,
-            "generate",
-            {"request": settings, "model": model, "format": "png"},
-            client=caller.name,
-            priority=caller.priority,
-            deadline=jobs.deadline_of(request, state.settings.job_timeout),
-            idempotency_key=jobs.idempotency_key(request),
-            # The seed may have been drawn just now; the wish is what must be the same.
-            fingerprint=hashlib.sha256(wish.model_dump_json().encode()).hexdigest(),
-            api="octavo",
-        )
-    except QueueFullError:
-        state.metrics.request("octavo", "refused")
-        raise
+    stored = await asyncio.to_thread(
+        state.service.submit,
+        "generate",
+        {"request": settings, "model": model, "format": "png"},
+        client=caller.name,
+        priority=caller.priority,
+        deadline=jobs.deadline_of(request, state.settings.job_timeout),
+        idempotency_key=jobs.idempotency_key(request),
+        # The seed may have been drawn just now; the wish is what must be the same.
+        fingerprint=hashlib.sha256(wish.model_dump_json().encode()).hexdigest(),
+        api="octavo",
+    )
     return await asyncio.to_thread(job_view, state, stored)
 
 
