@@ -98,7 +98,7 @@ def run(
 ) -> dict[str, Any]:
     """Execute a workflow, and give what its Keep nodes were handed, by their ids."""
     nodes = {**NODES, **TEST_NODES}
-    lists = FixedLists(**{name: context.shelf.names(name) for name in ("checkpoints", "diffusion_models")})
+    lists = FixedLists(**{name: context.shelf.names(name) for name in ("checkpoints", "diffusion_models", "loras")})
     workflow = validate(dict(prompt), nodes, lists)
     shown = Executor(Cache()).run(workflow, context, emit)
     return {id: shown[id]["value"][0] for id in workflow.outputs}

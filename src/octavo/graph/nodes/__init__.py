@@ -9,12 +9,14 @@ from types import MappingProxyType
 
 from octavo.graph.nodes import (
     conditioning,
+    controlnet,
     guiders,
     image,
     image_effects,
     inout,
     latent,
     loaders,
+    lora,
     mask,
     model_edits,
     primitives,
@@ -27,7 +29,7 @@ from octavo.graph.nodes import (
 from octavo.graph.spec import NodeSpec
 
 _MODULES = (
-    *(loaders, text, conditioning, model_edits, sampling, samplers, sigmas, guiders),
+    *(loaders, lora, text, conditioning, controlnet, model_edits, sampling, samplers, sigmas, guiders),
     *(latent, vae, image, image_effects, mask, inout, primitives),
 )
 

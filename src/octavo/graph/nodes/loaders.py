@@ -23,7 +23,7 @@ _DUAL_TYPES = (
 _DEVICE = COMBO(("default", "cpu"), advanced=True).optional
 
 
-def _files_in(*categories: str) -> Callable[..., object]:
+def stamps_of(*categories: str) -> Callable[..., object]:
     """For `is_changed`: when the named files of these categories were written, and how large they are."""
 
     def stamps(context: Context, **inputs: str | None) -> object:
@@ -43,7 +43,7 @@ def _files_in(*categories: str) -> Callable[..., object]:
     outputs=("MODEL", "CLIP", "VAE"),
     output_tooltips=("Draws latents.", "Encodes texts.", "Turns latents into pictures and back."),
     search_aliases=("load model", "checkpoint", "model loader", "ckpt"),
-    is_changed=_files_in("checkpoints"),
+    is_changed=stamps_of("checkpoints"),
 )
 def checkpoint_loader_simple(context: Context, ckpt_name: str) -> tuple[ModelLink, Clip | None, Vae | None]:
     """Model, text encoders and VAE of a checkpoint."""
@@ -60,7 +60,7 @@ def checkpoint_loader_simple(context: Context, ckpt_name: str) -> tuple[ModelLin
     inputs={"unet_name": COMBO(files("diffusion_models")), "weight_dtype": COMBO(tuple(WEIGHT_DTYPES))},
     outputs=("MODEL",),
     search_aliases=("load diffusion model", "unet", "transformer"),
-    is_changed=_files_in("diffusion_models"),
+    is_changed=stamps_of("diffusion_models"),
 )
 def unet_loader(context: Context, unet_name: str, weight_dtype: str) -> tuple[ModelLink]:
     """A diffusion model alone."""
@@ -74,7 +74,7 @@ def unet_loader(context: Context, unet_name: str, weight_dtype: str) -> tuple[Mo
     description="Loads one text encoder: CLIP-L, CLIP-G or T5-XXL. The type must be sd3.",
     inputs={"clip_name": COMBO(files("text_encoders")), "type": COMBO(_SINGLE_TYPES), "device": _DEVICE},
     outputs=("CLIP",),
-    is_changed=_files_in("text_encoders"),
+    is_changed=stamps_of("text_encoders"),
 )
 def clip_loader(context: Context, clip_name: str, type: str, device: str = "default") -> tuple[Clip]:
     """One text encoder; the model is told nothing by the others."""
@@ -92,7 +92,7 @@ def clip_loader(context: Context, clip_name: str, type: str, device: str = "defa
         "device": _DEVICE,
     },
     outputs=("CLIP",),
-    is_changed=_files_in("text_encoders"),
+    is_changed=stamps_of("text_encoders"),
 )
 def dual_clip_loader(
     context: Context, clip_name1: str, clip_name2: str, type: str, device: str = "default"
@@ -112,7 +112,7 @@ def dual_clip_loader(
         "clip_name3": COMBO(files("text_encoders")),
     },
     outputs=("CLIP",),
-    is_changed=_files_in("text_encoders"),
+    is_changed=stamps_of("text_encoders"),
 )
 def triple_clip_loader(context: Context, clip_name1: str, clip_name2: str, clip_name3: str) -> tuple[Clip]:
     """All three text encoders."""
@@ -126,7 +126,7 @@ def triple_clip_loader(context: Context, clip_name1: str, clip_name2: str, clip_
     description="Loads a VAE.",
     inputs={"vae_name": COMBO(files("vae"))},
     outputs=("VAE",),
-    is_changed=_files_in("vae"),
+    is_changed=stamps_of("vae"),
 )
 def vae_loader(context: Context, vae_name: str) -> tuple[Vae]:
     """A VAE alone."""

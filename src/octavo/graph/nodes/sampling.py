@@ -244,6 +244,7 @@ def walk(
             negative=guider.negative,
             guidance=_guidance(guider),
             shift=guider.model.shift,
+            adapters=guider.model.adapters,
         ),
         sampler=sampler,
         sigmas=sigmas,

@@ -5,7 +5,7 @@
     VAE           pipeline.shelf.Vae           SAMPLER   sampling.SamplerSpec
     CONDITIONING  Conditions                   SIGMAS    Sigmas
     LATENT        Latent                       IMAGE     Tensor [B, H, W, 3] in [0, 1]
-                                               MASK      Tensor [B, H, W] in [0, 1]
+    CONTROL_NET   Part[ControlNet]             MASK      Tensor [B, H, W] in [0, 1]
 
 Tensors on links are float32 on the CPU, conditioning aside. Nothing on a link is ever changed: a node that edits what
 it was given makes a new one.
@@ -20,6 +20,7 @@ from octavo.errors import RequestError
 from octavo.sampling import SkipLayerGuidance
 
 if TYPE_CHECKING:
+    from octavo.models.adapter import Applied
     from octavo.pipeline.conditions import Condition
     from octavo.pipeline.shelf import Model
 
@@ -56,6 +57,7 @@ class ModelLink:
     shift: float  # of its schedule
     rescale: float = 0.0  # see `sampling.ClassifierFree`
     skip_layers: SkipLayers | None = None
+    adapters: "Applied" = ()  # LoRAs
 
     @classmethod
     def of(cls, model: "Model") -> "ModelLink":
