@@ -1,5 +1,5 @@
 """`octavo train demo`: make the embedded model again, or a better one; `octavo train judge`: its judge; `octavo train
-distil`: an FP8 file brought closer to the model it came from."""
+controlnet`: its ControlNet; `octavo train distil`: an FP8 file brought closer to the model it came from."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -85,6 +85,37 @@ def demo(
     if export_to is not None:
         for path in job.export_run(out, export_to, recipe=recipe):
             report(f"{path}  {path.stat().st_size:,} bytes")
+
+
+@train.command()
+def controlnet(
+    minutes: Annotated[float, typer.Option(min=0.01, help="Time for training, over all calls.")] = 17.0,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the run; the ControlNet is its octavo-demo-canny.safetensors.")
+    ] = (Path("runs/controlnet")),
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures to draw and encode before.")] = 4096,
+    seed: Annotated[int, typer.Option(help="Of the first weights and of the order of the pictures.")] = 0,
+) -> None:
+    """Train the embedded model's ControlNet, which makes it follow the edges of a picture.
+
+    The model itself stays as it is; the lessons are drawn by Octavo. A call that was stopped is finished by repeating
+    it.
+    """
+    import octavo
+    from octavo.train import controlnet as job
+    from octavo.train.loop import Budget
+
+    components = octavo.load(device="cpu", dtype="float32")
+    net, _ = job.train_controlnet(
+        components,
+        out,
+        budget=Budget(minutes=minutes),
+        recipe=job.ControlRecipe(pictures=pictures),
+        seed=seed,
+        report=lambda line: print(line, flush=True),
+    )
+    path = job.export_controlnet(net, out / f"{job.NAME}.safetensors")
+    print(f"{path}  {path.stat().st_size:,} bytes", flush=True)
 
 
 @train.command()

@@ -13,6 +13,7 @@ import json
 import math
 import random
 import string
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -164,11 +165,12 @@ def _config_of(components: Components) -> MMDiTConfig:
 
 
 class Steered(nn.Module):
-    """A ControlNet, to be trained, and a frozen MMDiT that follows it."""
+    """A ControlNet, to be trained, and a frozen copy of the MMDiT that follows it, in bfloat16."""
 
     def __init__(self, mmdit: MMDiT, recipe: ControlRecipe) -> None:
         super().__init__()
-        self._frozen = [mmdit]  # in a list, so that it is no part of what is trained and kept
+        # In a list, so that it is no part of what is trained and kept.
+        self._frozen = [deepcopy(mmdit).bfloat16().requires_grad_(False)]
         self.net = ControlNet(control_config(mmdit.config, recipe))
         begin_like(self.net, mmdit)
 
@@ -216,8 +218,6 @@ def train_controlnet(
     lessons = make_lessons(components, folder, recipe, report)
     torch.manual_seed(seed)
     model = Steered(components.mmdit(), recipe)
-    frozen = components.mmdit().bfloat16().requires_grad_(False)
-    assert isinstance(frozen, MMDiT)
     matrices = {name for name, p in model.named_parameters() if p.ndim == 2 and ("blocks" in name or "outputs" in name)}
 
     def loss_of_step(step: int) -> Tensor:
