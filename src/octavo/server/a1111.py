@@ -11,6 +11,7 @@ from PIL import Image
 
 from octavo._version import __version__
 from octavo.engine.jobs import Stored
+from octavo.pipeline.inpaint import Prepared, ResizeMode, prepare
 from octavo.server import a1111_lists, jobs, pictures
 from octavo.server.a1111_fields import (
     SAMPLER_NAMES,
@@ -22,7 +23,6 @@ from octavo.server.a1111_fields import (
     unknown,
     wishes_of,
 )
-from octavo.server.inpaint import Prepared, ResizeMode, prepare
 from octavo.server.limits import from_base64, open_picture
 from octavo.server.pictures import Made
 from octavo.server.problems import Refused

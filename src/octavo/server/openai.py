@@ -16,8 +16,8 @@ from starlette.datastructures import FormData, UploadFile
 
 from octavo.engine.jobs import Stored
 from octavo.errors import OctavoError
+from octavo.pipeline.inpaint import Prepared, prepare
 from octavo.server import jobs, pictures, problems
-from octavo.server.inpaint import Prepared, prepare
 from octavo.server.limits import open_picture
 from octavo.server.openai_fields import DENOISE, Edits, Images, check, edits_of, size_of, steps_of
 from octavo.server.pictures import Made

@@ -10,10 +10,10 @@ from PIL import Image, ImageChops, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from octavo.errors import RequestError
+from octavo.pipeline import inpaint
 from octavo.pipeline.image import a1111_parameters
-from octavo.server import inpaint
+from octavo.pipeline.inpaint import filled, fitted, prepare, region
 from octavo.server.a1111_text import parameters_in, parsed
-from octavo.server.inpaint import filled, fitted, prepare, region
 
 sides = st.integers(1, 90)
 thin = st.sampled_from([(1, 3000), (3000, 1), (2, 3000)])
