@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import octavo
 from octavo.cli import main as cli
 from octavo.pipeline.image import open_image
 from tests.goldens import ROOT
 from tests.graph.compare import FixedLists
+from tests.lora_files import MMDIT_LAYERS, low_rank, write_lora
 
 EXAMPLES = sorted((ROOT / "examples" / "workflows").glob("*.json"))
 MODEL = "Model.ckpt_name=octavo-demo.safetensors"
@@ -26,6 +28,7 @@ CHANGES = {
     "sd3.5-medium-slg": ("--set", "Sampler.steps=2", "--set", "11.layers=1", *SMALL),
     "img2img": ("--set", "Sampler.steps=3", "--set", "13.megapixels=0.01", "--set", "Picture.image=hole.png"),
     "inpaint": ("--set", "Sampler.steps=3", "--set", "Picture.image=hole.png"),
+    "lora": ("--set", "Sampler.steps=2", *SMALL),
     "hires": ("--set", "First pass.steps=2", "--set", "Second pass.steps=2", *SMALL),
 }
 
@@ -71,6 +74,11 @@ PICTURE = {
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_every_example_draws_with_the_embedded_model(run: Run, tmp_path: Path, example: Path) -> None:
     _picture_with_a_hole(tmp_path / "input")
+    if example.stem == "lora":
+        mmdit = octavo.load(device="cpu").mmdit.skeleton
+        for seed, name in enumerate(("style", "hands")):
+            changes = low_rank(mmdit, MMDIT_LAYERS, size=0.1, seed=seed)
+            write_lora(tmp_path / "models" / "loras" / f"{name}.safetensors", mmdit=changes)
 
     code, out, err = run(example, "--set", MODEL, *CHANGES[example.stem])
 
@@ -90,6 +98,7 @@ def test_every_example_is_sound_where_its_files_are(example: Path) -> None:
 
     files = {
         "checkpoints": ["sd3.5_large_fp8_scaled", "sd3.5_large_turbo", "sd3.5_medium_incl_clips_t5xxlfp8scaled"],
+        "loras": ["style", "hands"],
         "text_encoders": ["clip_g", "clip_l", "t5xxl_fp8_e4m3fn_scaled"],
     }
     lists = FixedLists(

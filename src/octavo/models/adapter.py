@@ -248,7 +248,7 @@ def _hook(
                 bias = getattr(module, "bias", None)
                 own = output if bias is None else output - bias
                 change = ready.scale * (own + change) - own
-            result = result + strength * change
+            result = torch.add(result, change, alpha=strength)
         return result
 
     return add
