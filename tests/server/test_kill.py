@@ -90,15 +90,10 @@ def test_whatever_was_accepted_outlives_kill_9(tmp_path: Path) -> None:
     for number in range(KILLS):
         server = start(tmp_path)
         threads = crowd.press(server)
-        if number % 4:
-            server.until_it_answers()
-            # While it loads the model, recovers, or has begun to draw.
-            time.sleep(chance.uniform(0, 3))
-        elif number:
-            time.sleep(chance.uniform(0, 3))  # while it starts
-        else:
-            server.until_ready()
-            until(lambda: len(crowd.accepted) > 5, "requests have been accepted")
+        if number % 4 < 3:
+            before = len(crowd.accepted)
+            until(lambda before=before: len(crowd.accepted) > before + 1, "requests are accepted", PATIENCE * 4)  # type: ignore[misc]
+        time.sleep(chance.uniform(0, 2))  # else it is killed while it starts, or takes up what is left
         server.kill()
         for thread in threads:
             thread.join(PATIENCE * 2)
@@ -116,7 +111,7 @@ def test_whatever_was_accepted_outlives_kill_9(tmp_path: Path) -> None:
         server.kill()
 
     # Nothing is lost, nothing runs twice.
-    assert len(set(crowd.accepted)) == len(crowd.accepted) > KILLS
+    assert len(set(crowd.accepted)) == len(crowd.accepted) >= KILLS
     assert set(crowd.accepted) <= jobs.keys()
     states = Counter(job["state"] for job in jobs.values())
     assert set(states) <= {"done", "set_aside"}, states
