@@ -35,6 +35,8 @@ octavo generate "a red fox <lora:watercolour:0.8>" --lora hands.safetensors:0.6 
 
 octavo generate "a red heart on a white background" --control canny:photo.png --control-strength 0.8
 
+octavo generate "a park, trees" --image park.png --outpaint 256,0,256,0 --model sd3.5_large
+
 octavo generate --from output/octavo-00001.png --seed 7
 
 octavo generate - < prompts.txt --batch 2 --out pictures/
@@ -90,6 +92,13 @@ def generate(
     mask: Annotated[
         Path | None,
         typer.Option(help="Picture of --image's proportions: white where it is drawn anew, black where it is kept."),
+    ] = None,
+    mask_grow: Annotated[int | None, typer.Option(help="Pixels of --image by which --mask is made larger.")] = None,
+    mask_feather: Annotated[
+        int | None, typer.Option(help="Pixels of --image over which the edge of --mask, or of --outpaint, is softened.")
+    ] = None,
+    outpaint: Annotated[
+        str | None, typer.Option(help="Pixels to add to --image at left, top, right and bottom, such as 0,0,256,0.")
     ] = None,
     denoise: Annotated[
         float | None,
@@ -158,9 +167,10 @@ def generate(
     given = {
         "negative_prompt": negative, "steps": steps, "guidance_scale": guidance, "sampler": sampler,
         "schedule": schedule, "shift": shift, "seed": seed, "batch": batch, "guidance_rescale": rescale,
-        "clip_skip": clip_skip, "denoise": _share(denoise, image, mask),
+        "clip_skip": clip_skip, "denoise": _share(denoise, image, mask or outpaint),
         "controls": _controls(control, strength=control_strength, start=control_start, end=control_end),
         "loras": _loras(lora), "image": str(image) if image else None, "mask": str(mask) if mask else None,
+        "mask_grow": mask_grow, "mask_feather": mask_feather, "outpaint": _borders(outpaint),
         **parse_size(size), **_interval(guidance_interval), **_skip_layers(slg),
     }  # fmt: skip
     requests = _requests(_texts(prompt, prompts), repeat, given)
@@ -271,7 +281,7 @@ def _interval(text: str | None) -> dict[str, float]:
         raise RequestError(f"--guidance-interval {text}: write two fractions, such as 0.1-0.8.") from None
 
 
-def _share(denoise: float | None, image: Path | None, mask: Path | None) -> float | None:
+def _share(denoise: float | None, image: Path | None, mask: Path | str | None) -> float | None:
     """How much is made anew: as asked, else as suits what is given; what a mask marks should not shine through."""
     if denoise is None and (image or mask):
         return 1.0 if mask else 0.6
@@ -284,6 +294,15 @@ def _skip_layers(scale: float | None) -> dict[str, Any]:
     from octavo.sampling.guidance import SkipLayerGuidance
 
     return {"skip_layer_guidance": SkipLayerGuidance(scale=scale)}
+
+
+def _borders(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) != 4 or not all(part.isdigit() for part in parts):
+        raise RequestError(f"--outpaint {text}: write pixels at left, top, right and bottom, such as 0,0,256,0.")
+    return tuple(map(int, parts))
 
 
 def _controls(texts: list[str] | None, **given: float | None) -> "tuple[ControlImage, ...] | None":

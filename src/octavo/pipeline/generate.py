@@ -7,7 +7,7 @@ requests at once in the engine.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from PIL import Image
@@ -17,8 +17,9 @@ from octavo.devices import whole_processor
 from octavo.pipeline.components import Components
 from octavo.pipeline.decode import OVERLAP, TILE, decode_as_fits, to_uint8
 from octavo.pipeline.denoise import Track
+from octavo.pipeline.editing import Source, source_of
 from octavo.pipeline.encode import Conditioning, TextEncoders, encode
-from octavo.pipeline.image import Picture, open_image
+from octavo.pipeline.image import Picture
 from octavo.pipeline.latents import latent_shape, latents_of, mask_of
 from octavo.pipeline.request import GenerateRequest, Job, resolve
 from octavo.pipeline.run import Inpaint, Run, Solve, Step, inpaint_noise, solve
@@ -155,11 +156,11 @@ def start(components: Components, job: Job, track: Track) -> Run:
         job.schedule, job.steps, shift=job.shift, denoise=job.denoise, discard_penultimate=sampler.discard_penultimate
     )
     latents, inpaint = torch.zeros_like(noise), None
-    if job.image is not None:
-        image = open_image(job.image)
-        latents = latents_of(image, components.vae(), width=job.width, height=job.height).to(noise)
-    if job.mask is not None:
-        mask = mask_of(open_image(job.mask), width=job.width, height=job.height).to(noise)
+    source = source_of(job)
+    if source is not None:
+        latents = latents_of(source.image, components.vae(), width=job.width, height=job.height).to(noise)
+    if source is not None and source.mask is not None:
+        mask = mask_of(source.mask, width=job.width, height=job.height).to(noise)
         inpaint = Inpaint(mask=mask, latents=latents, noise=inpaint_noise(sampler, noise, job.seed))
     return Run(
         mmdit=components.mmdit,
@@ -181,4 +182,5 @@ def finish(components: Components, job: Job, latents: Tensor) -> Image.Image:
     components.make_room_for(components.vae, components.mmdit)
     tile = TILE if components.wants_tiles(job.width, job.height) else None
     pixels = to_uint8(decode_as_fits(components.vae(), latents, tile=tile, overlap=OVERLAP))
-    return Image.fromarray(pixels[0].cpu().numpy())
+    drawn = Image.fromarray(pixels[0].cpu().numpy())
+    return drawn if job.outpaint is None else cast(Source, source_of(job)).kept(drawn)

@@ -96,10 +96,10 @@ def prepare(
 
 def flat(image: Image.Image) -> Image.Image:
     """As RGB, what is transparent on white."""
-    if image.mode != "RGBA":
+    if not image.has_transparency_data:
         return image.convert("RGB")
     paper = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(paper, image).convert("RGB")
+    return Image.alpha_composite(paper, image.convert("RGBA")).convert("RGB")
 
 
 def binary(mask: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -19,11 +19,16 @@ def latent_shape(width: int, height: int) -> tuple[int, int, int, int]:
 
 def fitted(image: Image.Image, width: int, height: int) -> Image.Image:
     """The picture in RGB, upright, scaled and cropped around its middle to the given size; transparency on white."""
-    image = ImageOps.exif_transpose(image)
+    image = upright(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The picture as its EXIF says that it is held."""
+    return ImageOps.exif_transpose(image)
 
 
 def pixels_of(image: Image.Image) -> Tensor:

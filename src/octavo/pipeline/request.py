@@ -13,6 +13,7 @@ from octavo._version import __version__
 from octavo.checkpoint.presets import Preset
 from octavo.errors import RequestError
 from octavo.pipeline.control_request import ControlImage
+from octavo.pipeline.editing import check_editing, outpainted_size
 from octavo.sampling import get_sampler, get_schedule
 from octavo.sampling.guidance import SkipLayerGuidance
 from octavo.text.lora_tags import split_tags
@@ -60,6 +61,9 @@ class GenerateRequest:
     batch: int = 1  # pictures
     image: str | None = None  # path of a picture to start from
     mask: str | None = None  # path of a picture, white where `image` is drawn anew
+    mask_grow: int = 0  # pixels of `image` by which the mask is made larger
+    mask_feather: int | None = None  # pixels over which its edge is softened
+    outpaint: tuple[int, int, int, int] | None = None  # pixels to add at left, top, right, bottom of `image`
     denoise: float = 1.0  # share of the schedule that is run; below 1 keeps some of `image`
     skip_layer_guidance: SkipLayerGuidance | None = None  # scale 0 switches it off
     guidance_rescale: float = 0.0  # how far guided predictions go back to the conditional one's contrast, 0 to 1
@@ -93,6 +97,7 @@ class GenerateRequest:
                 raise RequestError(
                     f"{side} {pixels} is not a positive multiple of 16, which the model needs; use {near}."
                 )
+        check_editing(self)
         if self.image is None and self.denoise < 1:
             raise RequestError(f"denoise {self.denoise} keeps part of a picture, but none is given; pass --image.")
         if self.image is None and self.mask is not None:
@@ -130,6 +135,8 @@ class GenerateRequest:
                 values["skip_layer_guidance"] = SkipLayerGuidance(**{**guidance, "layers": tuple(guidance["layers"])})
             if "loras" in values:
                 values["loras"] = tuple(Lora(**lora) for lora in values["loras"])
+            if values.get("outpaint") is not None:
+                values["outpaint"] = tuple(values["outpaint"])
             if "controls" in values:
                 values["controls"] = tuple(ControlImage(**control) for control in values["controls"])
             return cls(**values)
@@ -165,11 +172,17 @@ def resolve(request: GenerateRequest, preset: Preset, *, model: str, max_side: i
         RequestError: an unknown sampler or schedule, or a size beyond the model.
     """
     prompt, tags = split_tags(request.prompt)
+    width, height = request.width or preset.width, request.height or preset.height
+    if request.outpaint is not None and request.image is not None:
+        whole = outpainted_size(request.image, request.outpaint)
+        if (request.width or whole[0], request.height or whole[1]) != whole:
+            raise RequestError(f"The outpainted picture has {whole[0]}x{whole[1]} pixels; leave the size out.")
+        width, height = whole
     filled = {
         "prompt": prompt,
         "loras": (*request.loras, *(Lora(tag.name, tag.strength, tag.text_strength) for tag in tags)),
-        "width": request.width or preset.width,
-        "height": request.height or preset.height,
+        "width": width,
+        "height": height,
         "steps": request.steps or preset.steps,
         "guidance_scale": preset.guidance_scale if request.guidance_scale is None else request.guidance_scale,
         "sampler": get_sampler(request.sampler or preset.sampler).name,
