@@ -173,9 +173,9 @@ class Store:
                 self.path, timeout=WRITER_PATIENCE, isolation_level=None, check_same_thread=False
             )
             db.row_factory = sqlite3.Row
+            self._check()  # before anything of it is changed
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = NORMAL")  # see the module's docstring
-            self._check()
             self._migrate()
             with self.transaction():
                 holder = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"

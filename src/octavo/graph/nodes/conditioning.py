@@ -9,6 +9,7 @@ from torch import Tensor
 
 from octavo.errors import RequestError
 from octavo.graph.context import Context
+from octavo.graph.nodes.limits import check_conditions, check_tokens
 from octavo.graph.nodes.types import Conditions
 from octavo.graph.spec import COMBO, FLOAT, INT, LINK, NodeSpec, node
 from octavo.pipeline.conditions import Condition
@@ -47,6 +48,7 @@ def conditioning_combine(
     _context: Context, conditioning_1: Conditions, conditioning_2: Conditions
 ) -> tuple[Conditions]:
     """One after the other."""
+    check_conditions(len(conditioning_1) + len(conditioning_2))
     return ((*conditioning_1, *conditioning_2),)
 
 
@@ -66,6 +68,7 @@ def conditioning_concat(
 
     def longer(c: Condition) -> Condition:
         context, pooled = _tensors(c)
+        check_tokens(context.shape[1] + rows.shape[1])
         return replace(c, conditioning=Conditioning(torch.cat([context, _suiting(rows, context)], dim=1), pooled))
 
     return _each(conditioning_to, longer)
