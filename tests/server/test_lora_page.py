@@ -1,5 +1,6 @@
 """LoRAs on the page, in its API, and in those of others."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,19 @@ def test_what_cannot_be_used_is_refused_at_once(
     answer = server.post("/octavo/jobs", json={**SETTINGS, **wish})
     assert answer.status_code == status
     assert message in answer.text
+
+
+def test_other_apis_take_them_in_the_prompt(server: TestClient) -> None:
+    size = {"width": 64, "height": 64, "steps": 1}
+    answer = server.post("/sdapi/v1/txt2img", json={"prompt": "a red star <lora:style:0.5>", "seed": 1, **size})
+    assert answer.status_code == 200, answer.text
+    assert "<lora:style:0.5>" in json.loads(answer.json()["info"])["infotexts"][0]
+    answer = server.post("/v1/images/generations", json={"prompt": "a star <lora:style>", "size": "64x64"})
+    assert answer.status_code == 200, answer.text
+    for path, asked in (("/sdapi/v1/txt2img", size), ("/v1/images/generations", {"size": "64x64"})):
+        for tag, status in (("<lora:nothing>", 404), ("<lora:style:much>", 400)):
+            answer = server.post(path, json={"prompt": f"a star {tag}", **asked})
+            assert answer.status_code == status, answer.text
 
 
 @pytest.fixture

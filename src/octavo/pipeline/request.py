@@ -104,6 +104,21 @@ class GenerateRequest:
             raise RequestError(f"mask {self.mask} marks a part of a picture, but no picture is given; pass --image.")
 
     @property
+    def words(self) -> str:
+        """The prompt without the LoRAs that it asks for."""
+        return split_tags(self.prompt)[0]
+
+    @property
+    def all_loras(self) -> tuple[Lora, ...]:
+        """The LoRAs that are asked for, in the prompt and beside it.
+
+        Raises:
+            RequestError: the prompt asks for one in a way that makes no sense.
+        """
+        tags = split_tags(self.prompt)[1]
+        return (*self.loras, *(Lora(tag.name, tag.strength, tag.text_strength) for tag in tags))
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Plain data for JSON, without what was not asked; `from_settings` reads it back."""
         plain = {key: value for key, value in asdict(self).items() if value not in (None, ())}
@@ -171,7 +186,6 @@ def resolve(request: GenerateRequest, preset: Preset, *, model: str, max_side: i
     Raises:
         RequestError: an unknown sampler or schedule, or a size beyond the model.
     """
-    prompt, tags = split_tags(request.prompt)
     width, height = request.width or preset.width, request.height or preset.height
     if request.outpaint is not None and request.image is not None:
         whole = outpainted_size(request.image, request.outpaint)
@@ -179,8 +193,8 @@ def resolve(request: GenerateRequest, preset: Preset, *, model: str, max_side: i
             raise RequestError(f"The outpainted picture has {whole[0]}x{whole[1]} pixels; leave the size out.")
         width, height = whole
     filled = {
-        "prompt": prompt,
-        "loras": (*request.loras, *(Lora(tag.name, tag.strength, tag.text_strength) for tag in tags)),
+        "prompt": request.words,
+        "loras": request.all_loras,
         "width": width,
         "height": height,
         "steps": request.steps or preset.steps,

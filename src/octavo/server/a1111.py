@@ -71,6 +71,7 @@ async def _draw(
         wishes |= await asyncio.to_thread(_kept, prepared, state)
         wishes["denoise"] = body.denoising_strength
     asked = pictures.request_of(wishes, state.settings, preset)
+    await pictures.check_loras(state, asked)
     form = "jpeg" if options["samples_format"] == "jpg" else options["samples_format"]
     job = await jobs.submit(request, state, "generate", pictures.payload_of(asked, model, form), api="a1111")
     if not body.override_settings_restore_afterwards:

@@ -144,6 +144,7 @@ async def _ordered(
         if prepared.mask is not None:
             wishes["mask"] = await asyncio.to_thread(pictures.keep_upload, prepared.mask, state.settings.uploads)
         asked = pictures.request_of(wishes, state.settings, preset)
+    await pictures.check_loras(state, asked)
     payload = pictures.payload_of(asked, model, body.form)
     previews = bool(body.stream and body.partial_images)
     job = await jobs.submit(request, state, "generate", payload, api="openai", previews=previews)

@@ -183,6 +183,20 @@ def encoded(image: Image.Image, form: str, *, quality: int | None = None) -> byt
 # Models
 
 
+async def check_loras(state: "State", request: "GenerateRequest") -> None:
+    """Refuse LoRAs that are not there, before the request waits in line.
+
+    Raises:
+        ModelNotFoundError: says which there are.
+        RequestError: the prompt asks for one in a way that makes no sense.
+    """
+    loras = request.all_loras
+    if loras:
+        works = await state.until_started()
+        for lora in loras:
+            await asyncio.to_thread(works.shelf.loras.find, lora.name)
+
+
 async def known_model(state: "State", name: str | None) -> str | None:
     """The model that a client names, as the shelf knows it; None where it names none.
 
