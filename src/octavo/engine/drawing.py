@@ -223,9 +223,18 @@ class _Files:
 
     def save(self, picture: Picture) -> dict[str, Any]:
         """Write a picture under the next free number; returns what the result says of it."""
-        path = self._free_name()
-        self._task.note_file(part_of(path))
-        picture.save(path)
+        try:
+            path = self._free_name()
+            self._task.note_file(part_of(path))
+            picture.save(path)
+        except (OSError, RequestError) as error:
+            # Names and folder are the server's own: what went wrong is not the client's to mend, nor its place to know.
+            reason = error if isinstance(error, OSError) else error.__cause__
+            why = getattr(reason, "strerror", None) or "it refuses"
+            raise JobError(
+                f"The picture cannot be written to the output folder ({why}). The server's owner should look whether "
+                "the folder is there and the disk has room."
+            ) from error
         return {"path": path.name, "seed": picture.settings["seed"], "settings": picture.settings}
 
     def _free_name(self) -> Path:
