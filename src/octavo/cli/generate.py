@@ -224,7 +224,7 @@ def _draw(
     """Draw one request, saving each picture as soon as it is finished, so that Ctrl-C keeps what is done."""
     from octavo.pipeline.generate import generate_each
 
-    with _progress(console, out if preview else None, components, preview) as watch:
+    with progress_bar(console, out if preview else None, components, preview) as watch:
         for picture in generate_each(components, request, watch=watch):
             path = picture.save(_target(out))
             print(path, flush=True)
@@ -345,7 +345,7 @@ def _target(out: Path | None) -> Path:
 
 
 @contextmanager
-def _progress(console: "Console", out: Path | None, components: "Components", preview: bool) -> Iterator["Watcher"]:
+def progress_bar(console: "Console", out: Path | None, components: "Components", preview: bool) -> Iterator["Watcher"]:
     """A bar with step rate and time left, and the preview file if wanted."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 

@@ -16,6 +16,7 @@ from octavo.cli import evaluate as evaluating
 from octavo.cli import lora as adapting
 from octavo.cli import quantize as quantizing
 from octavo.cli import recipes as cooking
+from octavo.cli import refine as refining
 from octavo.cli import run as running
 from octavo.cli import serve as serving
 from octavo.cli import train_lora as teaching
@@ -38,6 +39,7 @@ app = typer.Typer(
     name="octavo", help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich"
 )
 app.command(epilog=EPILOG)(generate)
+app.command(epilog=refining.EPILOG)(refining.refine)
 app.command(epilog=running.EPILOG)(running.run)
 app.command(epilog=evaluating.EPILOG)(evaluating.evaluate)
 app.command(epilog=comparing.EPILOG)(comparing.compare)

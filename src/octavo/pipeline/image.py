@@ -7,7 +7,9 @@ PNG keeps both as text chunks (`octavo`, `parameters`); JPEG and WebP keep them 
 import json
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,8 @@ class Picture:
     """One finished picture."""
 
     image: Image.Image  # RGB
-    settings: Settings  # what made it; see `request.GenerateRequest.settings`
+    settings: Settings  # what made it, see `request.GenerateRequest.settings`; empty for nothing known
+    notes: Mapping[str, str] = field(default_factory=dict)  # more text for a PNG, by its keys
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write PNG, JPEG or WebP (by the suffix) with the settings inside; whole or not at all.
@@ -46,19 +49,25 @@ class Picture:
             path.parent.mkdir(parents=True, exist_ok=True)
             if form == "PNG":
                 text = PngImagePlugin.PngInfo()
-                text.add_text("parameters", a1111_parameters(self.settings))
-                text.add_text("octavo", json.dumps(self.settings))
+                for key, value in self.notes.items():
+                    if not (self.settings and key == "parameters"):
+                        text.add_text(key, value)
+                if self.settings:
+                    text.add_text("parameters", a1111_parameters(self.settings))
+                    text.add_text("octavo", json.dumps(self.settings))
                 self.image.save(part, form, pnginfo=text)
             else:
                 exif = Image.Exif()
-                exif[ExifTags.Base.ImageDescription] = json.dumps(self.settings)
-                comment = UNICODE + a1111_parameters(self.settings).encode("utf-16-be", "replace")
-                exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+                if self.settings:
+                    exif[ExifTags.Base.ImageDescription] = json.dumps(self.settings)
+                    comment = UNICODE + a1111_parameters(self.settings).encode("utf-16-be", "replace")
+                    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
                 lossless = {"lossless": True} if form == "WEBP" else {"quality": 95, "subsampling": 0}
                 self.image.save(part, form, exif=exif, **lossless)
             os.replace(part, path)
         except OSError as error:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):  # where the folder is none, or cannot be written
+                part.unlink(missing_ok=True)
             raise RequestError(f"Cannot write {path}: {error.strerror or error}. Choose another --out.") from error
         return path
 

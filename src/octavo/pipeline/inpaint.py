@@ -54,6 +54,7 @@ def prepare(
     fill: bool = False,
     only_masked: bool = False,
     padding: int = 0,
+    hard: bool = True,
 ) -> Prepared:
     """Fit a picture and its mask to `size`.
 
@@ -67,6 +68,7 @@ def prepare(
         fill: hide what lies under the mask behind the colours around it.
         only_masked: draw the masked part alone, at full size.
         padding: pixels around it that are seen, too.
+        hard: make the mask black and white first; else L, as large as the picture, is taken as it is.
 
     Raises:
         RequestError: nothing is masked.
@@ -74,10 +76,10 @@ def prepare(
     base = flat(image)
     if mask is None:
         return Prepared(fitted(base, size, resize), None)
-    hard = binary(mask, base.size)
+    marked = binary(mask, base.size) if hard else mask
     if invert:
-        hard = ImageOps.invert(hard)
-    soft = hard.filter(ImageFilter.GaussianBlur(blur)) if blur else hard
+        marked = ImageOps.invert(marked)
+    soft = marked.filter(ImageFilter.GaussianBlur(blur)) if blur else marked
     if soft.getbbox() is None:
         raise RequestError("The mask covers nothing; paint white what is to be drawn anew.")
     if only_masked:
