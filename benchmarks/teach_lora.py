@@ -86,7 +86,7 @@ def measure(lora: Path | None, strength: float, model: str | None, sheet: Path |
         for attribute in ("shape", "all"):
             shares[f"{name} {attribute}"] = float(np.mean([verdict[attribute] for verdict in verdicts]))
     if sheet is not None:
-        contact_sheet(np.stack(shown), 6, words).save(sheet)
+        contact_sheet(np.stack(shown), 6, words).save(sheet, quality=70)
     told = {"lora": None if lora is None else lora.name, "strength": strength, "model": components.name}
     print(json.dumps({"name": "teach_lora", "unit": "share", **shares, "new": EXAM, "known": KNOWN, **told}))
 
