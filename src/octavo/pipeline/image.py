@@ -67,7 +67,6 @@ class Picture:
             os.replace(part, path)
         except OSError as error:
             with suppress(OSError):  # where the folder is none, or cannot be written
-                with suppress(OSError):  # where the folder is none, or cannot be written
                 part.unlink(missing_ok=True)
             raise RequestError(f"Cannot write {path}: {error.strerror or error}. Choose another --out.") from error
         return path
