@@ -8,8 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from octavo import GenerateRequest, generate, load
-from octavo.pipeline.request import Lora
+from octavo import GenerateRequest, Lora, generate, load
 from octavo.train.drawing import draw, to_bytes
 from octavo.train.lora import LoraRecipe, train_lora
 from octavo.train.scenes import Scene, single_thing

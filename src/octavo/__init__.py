@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from octavo.pipeline.components import Components
     from octavo.pipeline.generate import generate, generate_each
     from octavo.pipeline.image import Picture
-    from octavo.pipeline.request import GenerateRequest
+    from octavo.pipeline.request import GenerateRequest, Lora
 
 __all__ = [
     "Components",
     "GenerateRequest",
+    "Lora",
     "Picture",
     "QuantizeSettings",
     "__version__",
@@ -43,6 +44,7 @@ _HOMES = {
     "generate_each": "octavo.pipeline.generate",
     "Picture": "octavo.pipeline.image",
     "GenerateRequest": "octavo.pipeline.request",
+    "Lora": "octavo.pipeline.request",
     # Not `quantize`: that is the room of this name, and would be one or the other by who was imported first.
     "quantize_checkpoint": "octavo.compress.job",
     "QuantizeSettings": "octavo.compress.settings",

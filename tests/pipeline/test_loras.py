@@ -9,7 +9,7 @@ from torch import Tensor
 
 import octavo
 from octavo.engine.batch import Batcher
-from octavo.errors import ModelNotFoundError, RequestError
+from octavo.errors import ModelNotFoundError, NumericsError, RequestError
 from octavo.fp8 import Fp8Linear
 from octavo.models.adapter import adapted
 from octavo.pipeline.components import Components
@@ -215,3 +215,19 @@ def test_names_from_a_network_never_lead_out_of_the_tree(tree: Path, tmp_path: P
     for name in (str(outside), "../loras/../../two.safetensors"):
         with pytest.raises(ModelNotFoundError):
             shelf.components().stack([Lora(name)])
+
+
+def test_a_lora_that_is_too_strong_is_named_among_the_remedies(components: Components, tree: Path) -> None:
+    tensors = low_rank(components.mmdit.skeleton, MMDIT_LAYERS[:1], size=1e20)
+    write_lora(tree / "loras" / "wild.safetensors", mmdit={name: t * 1e18 for name, t in tensors.items()})
+    with pytest.raises(NumericsError, match="a lower strength may help"):
+        latents(components, "a red star <lora:wild:100>")
+    assert latents(components, "a red star").isfinite().all()
+
+
+def test_what_is_released_in_use_is_made_again(components: Components) -> None:
+    """As happens where a server has read many other LoRAs meanwhile."""
+    ((adapter, _),) = components.stack([Lora("two")])["mmdit"]
+    before = latents(components, "a red star <lora:two>")
+    adapter.release()
+    assert torch.equal(latents(components, "a red star <lora:two>"), before)

@@ -152,7 +152,8 @@ class Adapter:
         """The change of `layer`, on the module's device and in `dtype`; made once."""
         device = next(tensor for tensor in (*module.parameters(), *module.buffers()) if not tensor.is_meta).device
         key = (layer, device, dtype)
-        if key not in self._ready:
+        ready = self._ready.get(key)  # another thread may release it at any time
+        if ready is None:
             change = self.layers[layer]
             deltas = tuple(delta.to(device, dtype) for delta in joined(change.deltas))
             scale = None
@@ -164,8 +165,8 @@ class Adapter:
                         f"The LoRA '{self.name}' is a DoRA, which needs the weights themselves. {error}"
                     ) from error
                 scale = change.factors(weight + change.dense().to(device)).to(dtype)
-            self._ready[key] = _Ready(deltas, scale)
-        return self._ready[key]
+            ready = self._ready[key] = _Ready(deltas, scale)
+        return ready
 
     def release(self) -> None:
         """Forget what was put on devices."""

@@ -83,6 +83,7 @@ def denoise_finite(mmdit: MMDiT, question: Question, *, evaluation: int, retry_b
             raise NumericsError(
                 f"The model gave NaN or infinity in evaluation {evaluation}. {culprit}{tried} "
                 + _advice(layer, retry_bf16)
+                + (" It draws with LoRAs: a lower strength may help." if question.track.adapters else "")
             )
         logger.warning("%s It multiplies in bfloat16 or float32 from here on.", culprit)
         question.track.tables.clear()

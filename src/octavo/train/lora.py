@@ -261,7 +261,6 @@ def _note(work: Path, components: Components, recipe: LoraRecipe) -> None:
         ) from error
     if begun is None:
         return
-    # More steps may be added to a run, but by the same schedule only before it has come to its end.
     changed = [name for name, value in wanted.items() if begun.get(name) != value]
     if changed:
         path.write_text(json.dumps(begun, indent=1))
