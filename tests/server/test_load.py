@@ -20,6 +20,7 @@ from tests.server.process import Process, files_in, files_of, jobs_in, serving, 
 
 CLIENTS = 200
 LONG = 400  # steps of a request that is taken back: it cannot be done before
+ARENAS = 8 * 2**20  # bytes by which an allocator may differ from one look to the next
 OVER = {"execution_success", "execution_error", "execution_interrupted"}
 KINDS = ("comfyui", "a1111", "openai", "octavo")
 
@@ -206,6 +207,36 @@ def test_every_request_of_a_crowd_ends_exactly_once(tmp_path: Path) -> None:
         assert server.threads() < 120, "threads come from bounded pools"
         assert "Traceback" not in server.said()
         assert " ERROR " not in server.said()
+
+
+@pytest.mark.timeout(240)
+def test_small_requests_leave_nothing_behind(tmp_path: Path) -> None:
+    """The short form of benchmarks/server_leak.py: bounded caches are emptied before each look.
+
+    A leak of one picture (12 KB of pixels), one follower or one socket a request would be over the bound.
+    """
+
+    def ask(http: httpx.Client, number: int) -> None:
+        body = {"prompt": f"a red circle {number % 5}", "seed": number, "steps": 1, "width": 32, "height": 32}
+        assert http.post("/sdapi/v1/txt2img", json=body).status_code == 200
+        prompt = workflow(seed=number, steps=1, size=32)
+        id = http.post("/prompt", json={"prompt": prompt}).json()["prompt_id"]
+        until(lambda: bool(http.get(f"/history/{id}").json()), "the prompt is done")
+
+    def held(http: httpx.Client) -> tuple[int, int, int]:
+        assert http.post("/free", json={"unload_models": True, "free_memory": True}).status_code == 200
+        return server.resident(), server.files(), server.threads()
+
+    with serving(tmp_path) as server, httpx.Client(base_url=server.url, timeout=PATIENCE) as http:
+        for number in range(60):
+            ask(http, number)
+        before = held(http)
+        for number in range(60, 150):
+            ask(http, number)
+        after = held(http)
+        assert after[0] - before[0] < 90 * 2 * 12 * 1024 + ARENAS, (before, after)
+        assert after[1] <= before[1] + 1, "files and sockets"
+        assert after[2] <= before[2] + 2, "threads"
 
 
 async def one(server: Process) -> None:
