@@ -24,7 +24,10 @@ def lora(
     rank: Annotated[int, typer.Option(help="Of the branches: 4 to 64.", rich_help_panel=TRAINING)] = 16,
     steps: Annotated[int, typer.Option(help="Of training.", rich_help_panel=TRAINING)] = 1000,
     batch: Annotated[int, typer.Option(help="Pictures a step.", rich_help_panel=TRAINING)] = 4,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW.", rich_help_panel=TRAINING)] = 1e-3,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Of AdamW; 0.0002, or 0.002 for the embedded model, if unsaid.", rich_help_panel=TRAINING),
+    ] = None,
     alpha: Annotated[
         float | None,
         typer.Option(help="Branches count alpha / rank times; the rank if unsaid.", rich_help_panel=TRAINING),

@@ -40,6 +40,7 @@ from octavo.train.pictures import contact_sheet
 
 Report = Callable[[str], None]
 
+RATE, SMALL_RATE = 2e-4, 2e-3  # of learning, for released models and for the embedded one, ten times as narrow
 LARGE = 1 << 30  # bytes of weights from which on activations are computed again rather than kept
 STATE, SETTINGS, LESSONS = "state.safetensors", "settings.json", "lessons.safetensors"
 
@@ -53,7 +54,7 @@ class LoraRecipe:
     layers: str = "blocks"  # of `branches.LAYERS`
     steps: int = 1000
     batch: int = 4  # pictures a step
-    learning_rate: float = 1e-3  # of AdamW, at its height
+    learning_rate: float | None = None  # of AdamW, at its height; as suits the model if None
     size: int | None = None  # side of a square of as many pixels as each picture has; as suits the model if None
     drop_captions: float = 0.1  # share of steps that show pictures without their captions, for guidance
     seed: int = 0
@@ -63,7 +64,7 @@ class LoraRecipe:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise RequestError(f"{name} {value!r} is out of range: from {low} to {high}.")
-        if not 0 < self.learning_rate <= 1:
+        if self.learning_rate is not None and not 0 < self.learning_rate <= 1:
             raise RequestError(f"learning rate {self.learning_rate!r} is out of range: above 0, at most 1.")
         if not 0 <= self.drop_captions < 1:
             raise RequestError(f"drop_captions {self.drop_captions!r} is out of range: from 0 to below 1.")
@@ -111,6 +112,8 @@ def train_lora(
         raise RequestError(f"There is no form '{form}' of LoRA files: use {' or '.join(FORMS)}.")
     work = out.with_name(f"{out.stem}.work") if work is None else work
     examples = read_examples(data, caption=caption)
+    rate = recipe.learning_rate or (SMALL_RATE if components.embedded else RATE)
+    recipe = replace(recipe, learning_rate=rate)
     _note(work, components, recipe)
     area = (recipe.size or components.preset.width) ** 2
     # As large models were trained, on sides that are multiples of 64; small pictures have fewer sizes to choose from.
@@ -143,7 +146,7 @@ def train_lora(
                 branches,
                 loss_of_step,
                 matrices=(),
-                settings=OptimizerSettings(other_rate=recipe.learning_rate),
+                settings=OptimizerSettings(other_rate=rate),
                 budget=Budget(steps=recipe.steps),
                 folder=work,
                 phase="lora",
