@@ -352,6 +352,18 @@ def connections(port: int) -> int:
     return sum(each[1].endswith(f":{port:04X}") and each[3] == "01" for each in fields)
 
 
+@pytest.mark.parametrize("path", ["/prompt", "/userdata/x", "/octavo/pictures", "/upload/image", "/sdapi/v1/txt2img"])
+def test_who_leaves_in_the_middle_of_a_body_is_no_fault_of_ours(
+    lines: Lines, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
+    kind = "multipart/form-data; boundary=B" if "upload" in path else "application/json"
+    head = f"POST {path} HTTP/1.1\r\nHOST\r\nContent-Type: {kind}\r\nContent-Length: 1000\r\n\r\n--B\r\n"
+    with caplog.at_level("INFO", "octavo"):
+        lines.say(head.encode()).close()
+        until(lambda: f"POST {path} " in caplog.text, "the server has noticed")
+    assert "fault of ours" not in caplog.text
+
+
 def is_closed(line: socket.socket, data: bytes) -> bool:
     """Whether the other side has hung up; asks by sending more, and reads nothing."""
     try:

@@ -8,6 +8,7 @@ import warnings
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.server import problems
@@ -68,8 +69,8 @@ class Bounded:
 
         try:
             await self._app(scope, bounded, unless_answered)
-        except BodyTooLargeError:
-            # Answered already; the application could not say anything better.
+        except (BodyTooLargeError, ClientDisconnect):
+            # Answered already, or nobody is there to hear it; the application could not say anything better.
             return
 
     async def _refuse_size(self, scope: Scope, receive: Receive, send: Send) -> None:
