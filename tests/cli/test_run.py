@@ -28,6 +28,10 @@ CHANGES = {
     "sd3.5-medium-slg": ("--set", "Sampler.steps=2", "--set", "11.layers=1", *SMALL),
     "img2img": ("--set", "Sampler.steps=3", "--set", "13.megapixels=0.01", "--set", "Picture.image=hole.png"),
     "inpaint": ("--set", "Sampler.steps=3", "--set", "Picture.image=hole.png"),
+    "controlnet-canny": (
+        *("--set", "ControlNet.control_net_name=octavo-demo-canny.safetensors", "--set", "Picture.image=hole.png"),
+        *("--set", "Sampler.steps=2", "--set", "Fit.width=64", "--set", "Fit.height=64", *SMALL),
+    ),
     "lora": ("--set", "Sampler.steps=2", *SMALL),
     "hires": ("--set", "First pass.steps=2", "--set", "Second pass.steps=2", *SMALL),
 }
@@ -84,7 +88,7 @@ def test_every_example_draws_with_the_embedded_model(run: Run, tmp_path: Path, e
 
     assert code == 0, err
     (path,) = out
-    prefix = example.stem.removesuffix("-page")
+    prefix = example.stem.removesuffix("-page").removesuffix("-canny")
     assert path == f"output/{prefix}_00001_.png"
     expected = {"hires": (96, 96), "img2img": (96, 96)}.get(example.stem, (64, 64))
     assert open_image(path).size == expected
@@ -98,6 +102,7 @@ def test_every_example_is_sound_where_its_files_are(example: Path) -> None:
 
     files = {
         "checkpoints": ["sd3.5_large_fp8_scaled", "sd3.5_large_turbo", "sd3.5_medium_incl_clips_t5xxlfp8scaled"],
+        "controlnet": ["sd3.5_large_controlnet_canny"],
         "loras": ["style", "hands"],
         "text_encoders": ["clip_g", "clip_l", "t5xxl_fp8_e4m3fn_scaled"],
     }
