@@ -6,7 +6,8 @@ others: no pair of colour and background of the lesson comes again. Everything i
 which knows flowers. How much the model forgets is told by scenes that it knew before.
 
     python -m benchmarks.teach_lora pictures flowers/
-    octavo train lora --data flowers/ --out flower.safetensors --steps 600 --batch 8
+    octavo train lora --data flowers/ --out flower.safetensors --steps 600 --batch 8 \\
+        --learning-rate 0.001
     python -m benchmarks.teach_lora measure                          # before
     python -m benchmarks.teach_lora measure flower.safetensors       # after
 """
