@@ -136,7 +136,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("enable_hr", {"enable_hr": True}), ("subseed_strength", {"subseed_strength": 0.1}), ("styles", {"styles": ["x"]}),
     ("restore_faces", {"restore_faces": True}), ("tiling", {"tiling": True}), ("eta", {"eta": 0.3}),
     ("s_churn", {"s_churn": 1}), ("s_noise", {"s_noise": 1.01}), ("script_name", {"script_name": "x/y/z plot"}),
-    ("alwayson_scripts", {"alwayson_scripts": {"ControlNet": {"args": [{"model": "x"}]}}}),
+    ("alwayson_scripts", {"alwayson_scripts": {"ADetailer": {"args": [{"ad_model": "x"}]}}}),
     ("refiner_checkpoint", {"refiner_checkpoint": "x"}), ("no_such_field", {"no_such_field": 1}),
     ("prompt", {"prompt": "a <hypernet:x:1> star"}), ("seed_resize_from_w", {"seed_resize_from_w": 512}),
     ("return_grid", {"override_settings": {"return_grid": True}}), ("eh", {"override_settings": {"eh": 1}}),

@@ -12,7 +12,7 @@ from PIL import Image
 from octavo._version import __version__
 from octavo.engine.jobs import Stored
 from octavo.pipeline.inpaint import Prepared, ResizeMode, prepare
-from octavo.server import a1111_lists, jobs, pictures
+from octavo.server import a1111_control, a1111_lists, jobs, pictures
 from octavo.server.a1111_fields import (
     SAMPLER_NAMES,
     SCHEDULE_LABELS,
@@ -70,6 +70,9 @@ async def _draw(
         prepared = await asyncio.to_thread(_prepared, body, *start, (wishes["width"], wishes["height"]))
         wishes |= await asyncio.to_thread(_kept, prepared, state)
         wishes["denoise"] = body.denoising_strength
+    size = body.width or preset.width, body.height or preset.height
+    scripts = body.alwayson_scripts or {}
+    wishes["controls"] = await a1111_control.controls_of(scripts, state, wishes.get("image"), size)
     asked = pictures.request_of(wishes, state.settings, preset)
     await pictures.check_loras(state, asked)
     form = "jpeg" if options["samples_format"] == "jpg" else options["samples_format"]
@@ -261,3 +264,4 @@ def install(app: FastAPI) -> None:
     """Add these routes."""
     app.include_router(router)
     app.include_router(a1111_lists.router)
+    app.include_router(a1111_control.router)

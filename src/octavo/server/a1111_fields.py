@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from octavo.errors import RequestError
+from octavo.server.a1111_control import is_control
 from octavo.server.problems import Refused
 
 NOTHING = (None, "", "None", 0, False)
@@ -128,10 +129,11 @@ def _empty(value: Any) -> bool:
 
 
 def _quiet_scripts(scripts: Any) -> bool:
-    """Scripts that are named but switched off."""
+    """Scripts that are named but switched off; ControlNet is read by `a1111_control`."""
     return all(
         isinstance(each, dict) and (not each.get("args") or each["args"] in ([False], [None]))
-        for each in scripts.values()
+        for name, each in scripts.items()
+        if not is_control(name)
     )
 
 
