@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from octavo.checkpoint.load import load_controlnet
-from octavo.errors import RequestError, WrongModelError
+from octavo.errors import NumericsError, RequestError, WrongModelError
 from octavo.models import ControlNet, MMDiT
 from octavo.pipeline.conditions import Condition
 from octavo.pipeline.control import Control
 from octavo.pipeline.denoise import Question, Track, denoise, make_tables
 from octavo.pipeline.encode import Conditioning
+from octavo.pipeline.finite import denoise_finite
 from octavo.pipeline.tables import Tables
 from octavo.sampling import ClassifierFree, Guidance
 from octavo.sampling.flow import denoised_from_velocity, percent_to_sigma
@@ -168,3 +169,26 @@ def test_a_net_for_another_model_is_refused() -> None:
 def test_numbers_out_of_range_name_the_net(wrong: dict[str, float]) -> None:
     with pytest.raises(RequestError, match=r"'8b\.safetensors'"):
         control("8b", torch.zeros(1, 16, 12, 20), **wrong)
+
+
+def test_a_net_that_gives_nan_is_named_with_its_layer() -> None:
+    x, sigma, prompt = prompts()[0]
+    broken = load_controlnet(golden(f"diffusers/{FILES['8b']}.safetensors"))
+    broken.outputs[1].bias.data[3] = torch.inf
+    hint = recorded("controlnet_8b_tiny")["in.controlnet_cond"][:1]
+    mine = replace(control("8b", hint), net=lambda: broken)
+    with torch.inference_mode(), pytest.raises(NumericsError, match=r"'outputs\.1 of the ControlNet 8b\.safetensors'"):
+        denoise_finite(model("8b"), Question(x, sigma, track(prompt, mine)), evaluation=1)
+
+
+def test_rows_cut_apart_by_a_limit_keep_their_pictures() -> None:
+    """Calls of at most one row at a time answer as one call of all does."""
+    hints = torch.chunk(recorded("controlnet_8b_tiny")["in.controlnet_cond"], 2)
+    questions = [
+        Question(x, sigma, track(prompt, control("8b", hint, strength=strength)))
+        for (x, sigma, prompt), hint, strength in zip(prompts(), hints, (0.3, 1.5), strict=True)
+    ]
+    with torch.inference_mode():
+        cut = [guided.denoised for guided in denoise(model("8b"), questions, most_rows=1)]
+    for alone, together in zip(cut, answers(model("8b"), questions), strict=True):
+        assert (alone - together).abs().max() < 1e-5
