@@ -40,6 +40,21 @@ class LoraWish(BaseModel):
     text_strength: float | None = Field(None, ge=-100, le=100, description="in the text encoders; else the same")
 
 
+class ControlWish(BaseModel):
+    """A picture to follow."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image: str = Field(max_length=1000, description="as /octavo/pictures named it")
+    type: str | None = Field(None, description="what it shows: blur, canny or depth; by this the ControlNet is found")
+    model: str | None = Field(None, max_length=1000, description="or the ControlNet's file")
+    strength: float = Field(1.0, ge=0, le=10)
+    start: float = Field(0.0, ge=0, le=1, description="fraction of the schedule from which on it acts")
+    end: float = Field(1.0, ge=0, le=1)
+    preprocess: str | None = Field(None, description="canny finds the edges of a photo first")
+    invert: bool = False
+
+
 class Wish(BaseModel):
     """What to draw; everything but the prompt is as the model likes it where nothing is said."""
 
@@ -62,6 +77,12 @@ class Wish(BaseModel):
     batch: int = Field(1, ge=1, le=64, description="pictures; the seed counts up")
     image: str | None = Field(None, description="picture to start from, as /octavo/pictures named it")
     mask: str | None = Field(None, description="where to draw anew: white; likewise")
+    mask_grow: int = Field(0, description="pixels of the picture by which the mask is made larger")
+    mask_feather: int | None = Field(None, description="pixels over which its edge is softened")
+    mask_grow: int = Field(0, description="pixels of the picture by which the mask is made larger")
+    mask_feather: int | None = Field(None, description="pixels over which its edge is softened")
+    outpaint: tuple[int, int, int, int] | None = Field(None, description="pixels to add at left, top, right, bottom")
+    controls: list[ControlWish] = Field([], max_length=4, description="pictures to follow")
     denoise: float = Field(1.0, description="how much of the picture is drawn anew")
     clip_skip: int = 2
     guidance_rescale: float = 0.0
@@ -93,12 +114,12 @@ async def draw(wish: Wish, request: Request, state: TheState) -> JobView:
     """Ask for pictures. The answer comes at once; /octavo/events tells how it goes."""
     await state.until_started()
     asked = wish.model_dump(exclude_none=True, exclude={"model"})
-    for name in ("image", "mask"):
-        if name in asked:
-            path = jail(state.settings.inputs, asked[name])
+    for holder, name in [(asked, "image"), (asked, "mask"), *((each, "image") for each in asked.get("controls", ()))]:
+        if name in holder:
+            path = jail(state.settings.inputs, holder[name])
             if not path.is_file():
-                raise Refused(f"There is no picture '{asked[name]}' here; send it to /octavo/pictures.", param=name)
-            asked[name] = str(path)
+                raise Refused(f"There is no picture '{holder[name]}' here; send it to /octavo/pictures.", param=name)
+            holder[name] = str(path)
     model, settings = await asyncio.to_thread(settings_of, state, wish.model, asked)
     caller = caller_of(request)
     stored = await asyncio.to_thread(

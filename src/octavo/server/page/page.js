@@ -130,8 +130,13 @@ function settings() {
     seed: seed || null,
     model: field("model").value,
     loras,
-    ...(startPicture ? { image: startPicture, denoise: number("denoise") } : {}),
+    ...(startPicture ? useOfPicture(number) : {}),
   };
+}
+
+function useOfPicture(number) {
+  if (field("use").value === "start") return { image: startPicture, denoise: number("denoise") };
+  return { controls: [{ image: startPicture, type: "canny", preprocess: "canny", strength: number("strength") }] };
 }
 
 async function draw(asked, other) {
@@ -154,6 +159,11 @@ form.onsubmit = async (event) => {
   await draw(settings(), field("other").value).catch((error) => trouble(error.message));
 };
 form.oninput = echo;
+field("use").onchange = () => {
+  const edges = field("use").value === "edges";
+  $("strength").hidden = !edges;
+  $("change").hidden = edges;
+};
 field("model").onchange = suit;
 $("any-seed").onclick = () => (field("seed").value = "");
 field("prompt").onkeydown = (event) => {
@@ -258,7 +268,7 @@ function paintAbout(job, finished, other) {
 }
 
 async function compare(job, used, name) {
-  const { version, model, image, mask, ...same } = used; // pictures to start from are not kept
+  const { version, model, image, mask, mask_grow, mask_feather, outpaint, controls, ...same } = used; // pictures to start from are not kept
   try {
     pairs.set(job.id, accepted(await send("octavo/jobs", { ...same, seed: String(used.seed), batch: 1, model: name })).id);
     stage({ job: job.id, picture: shown.picture });
