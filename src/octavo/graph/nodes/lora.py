@@ -6,6 +6,7 @@ from octavo.graph.context import Context
 from octavo.graph.nodes.loaders import stamps_of
 from octavo.graph.nodes.types import ModelLink
 from octavo.graph.spec import COMBO, FLOAT, LINK, NodeSpec, files, node
+from octavo.models.adapter import Applied
 from octavo.pipeline.request import Lora
 from octavo.pipeline.shelf import Clip
 
@@ -43,7 +44,7 @@ def lora_loader(
     lora = Lora(lora_name, strength_model, strength_clip)
     stack = context.shelf.stack(lora, model.model, clip)
     if clip is not None:
-        of_text = {kind: applied for kind, applied in stack.items() if kind != "mmdit"}
+        of_text: dict[str, Applied] = {kind: applied for kind, applied in stack.items() if kind != "mmdit"}
         clip = replace(clip, encoders=clip.encoders.adapted(of_text))
     return model.edited(adapters=model.adapters + stack.get("mmdit", ())), clip
 
