@@ -5,8 +5,8 @@
 
 `lora_switch`: a request with a LoRA that was never read, from its prompt to the end of its first step, less the same
 with a LoRA that is in use already: reading the file, placing it, new tables of modulation. `lora_step` is a step of two
-rows of 128x128 pixels with a LoRA, `lora_step_without` the same without; `lora_step_ratio` compares them in turns. On a CPU these
-are the seconds of its one thread (OMP_NUM_THREADS=1), whatever else runs.
+rows of 128x128 pixels with a LoRA, `lora_step_without` the same without; `lora_step_ratio` compares them in turns. On a
+CPU these are the seconds of its one thread (OMP_NUM_THREADS=1), whatever else runs.
 """
 
 import argparse
