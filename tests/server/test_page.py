@@ -114,6 +114,21 @@ def test_a_picture_that_was_sent_is_one_to_start_from(server: TestClient) -> Non
     assert job["state"] == "done", job["error"]
 
 
+def test_a_picture_that_was_sent_is_one_to_follow(server: TestClient) -> None:
+    buffer = io.BytesIO()
+    picture = Image.new("RGB", (64, 64), "white")
+    picture.paste((0, 0, 0), (16, 16, 48, 48))
+    picture.save(buffer, "PNG")
+    name = server.post("/octavo/pictures", content=buffer.getvalue()).json()["name"]
+    control = {"image": name, "type": "canny", "preprocess": "canny", "strength": 0.8}
+    told = ask(server, controls=[control])
+    assert told["settings"]["controls"] == [control]  # and not where it lies
+    assert ended(server, told["id"])["state"] == "done"
+    for wrong, word in (({"type": "depth"}, "no ControlNet for depth"), ({"model": "/etc/passwd"}, "no ControlNet")):
+        refused = server.post("/octavo/jobs", json={**SETTINGS, "controls": [{"image": name, **wrong}]})
+        assert (refused.status_code, word in refused.text) == (404, True), refused.text
+
+
 @pytest.mark.parametrize(
     ("wish", "status", "word"),
     [
@@ -125,6 +140,10 @@ def test_a_picture_that_was_sent_is_one_to_start_from(server: TestClient) -> Non
         ({"model": "/etc/passwd"}, 404, "no model"),
         ({"image": "../keys.json"}, 400, "no name of a file"),
         ({"image": "absent.png"}, 400, "no picture"),
+        ({"controls": [{"image": "../keys.json", "type": "canny"}]}, 400, "no name of a file"),
+        ({"controls": [{"image": "absent.png", "type": "canny"}]}, 400, "no picture"),
+        ({"controls": [{"image": "a.png", "type": "canny", "strength": 11}]}, 422, "strength"),
+        ({"outpaint": [16, 0, 0, 0]}, 400, "none is given"),
         ({"batch": 65}, 422, "batch"),
         ({"sede": 1}, 422, "sede"),
     ],

@@ -79,8 +79,6 @@ class Wish(BaseModel):
     mask: str | None = Field(None, description="where to draw anew: white; likewise")
     mask_grow: int = Field(0, description="pixels of the picture by which the mask is made larger")
     mask_feather: int | None = Field(None, description="pixels over which its edge is softened")
-    mask_grow: int = Field(0, description="pixels of the picture by which the mask is made larger")
-    mask_feather: int | None = Field(None, description="pixels over which its edge is softened")
     outpaint: tuple[int, int, int, int] | None = Field(None, description="pixels to add at left, top, right, bottom")
     controls: list[ControlWish] = Field([], max_length=4, description="pictures to follow")
     denoise: float = Field(1.0, description="how much of the picture is drawn anew")

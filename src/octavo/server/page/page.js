@@ -108,7 +108,7 @@ $("lora-names").onchange = () => {
 };
 
 function echo() {
-  for (const [name, id] of [["steps", "steps-now"], ["guidance_scale", "guidance-now"], ["shift", "shift-now"], ["denoise", "denoise-now"]])
+  for (const [name, id] of [["steps", "steps-now"], ["guidance_scale", "guidance-now"], ["shift", "shift-now"], ["denoise", "denoise-now"], ["strength", "strength-now"]])
     $(id).textContent = field(name).value;
 }
 

@@ -122,8 +122,8 @@ def settings_of(state: State, model: str | None, asked: Mapping[str, Any]) -> tu
 
     Raises:
         RequestError: it does not suit the model.
-        ModelNotFoundError: there is no LoRA of a name.
-        CheckpointError: a LoRA does not suit the model.
+        ModelNotFoundError: there is no LoRA of a name, or no ControlNet.
+        CheckpointError: a LoRA or a ControlNet does not suit the model.
         Refused: more pixels than this server draws, or no such model.
     """
     from octavo.checkpoint.folders import MODELS
@@ -148,6 +148,7 @@ def settings_of(state: State, model: str | None, asked: Mapping[str, Any]) -> tu
             f"{job.width}x{job.height} is more than the {state.settings.max_pixels} pixels that this server draws; "
             "take a smaller size, or start it with --max-pixels."
         )
+    components.controls(job.controls, job.width, job.height)
     return name, job.settings
 
 
@@ -157,6 +158,8 @@ def job_view(state: State, stored: Stored) -> JobView:
     for name in ("image", "mask"):
         if settings.get(name):
             settings[name] = PurePosixPath(settings[name]).name
+    if settings.get("controls"):
+        settings["controls"] = [c | {"image": PurePosixPath(c["image"]).name} for c in settings["controls"]]
     pictures = [
         PictureView(
             url=f"octavo/pictures/{each['path']}", name=PurePosixPath(each["path"]).name, settings=each["settings"]
