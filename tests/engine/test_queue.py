@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from octavo.engine.jobs import LARGEST_PAYLOAD
 from octavo.engine.queue import Queue
 from octavo.errors import ConflictError, JobError, QueueFullError, RequestError
 from tests.engine.queues import Clock, QuickQueue, quick
@@ -321,3 +322,9 @@ def test_history_is_read_in_pages_and_thrown_away_by_id_or_whole(queue: QuickQue
     assert queue.clear(states={"failed"}) == 1
     assert queue.clear() == 3
     assert ids(queue.jobs()) == waiting
+
+
+def test_a_request_of_many_megabytes_is_refused(queue: QuickQueue) -> None:
+    queue.submit("draw", {"prompt": "x" * (LARGEST_PAYLOAD - 100)})
+    with pytest.raises(RequestError, match="4 are taken at most"):
+        queue.submit("draw", {"prompt": "x" * LARGEST_PAYLOAD})

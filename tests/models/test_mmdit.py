@@ -130,9 +130,9 @@ def test_rows_of_a_batch_do_not_influence_each_other(qk_norm: bool, dual: tuple[
     )
     modulation = model.modulation(torch.tensor([1.0, 500.0, 999.5]), pooled)
     together = model(x, context, modulation)
-    for i in range(3):
+    for i, own in enumerate(modulation.each()):
         row = slice(i, i + 1)
-        alone = model(x[row], context[row], modulation.rows(row))
+        alone = model(x[row], context[row], own)
         torch.testing.assert_close(together[row], alone, atol=1e-12, rtol=0)
 
 
@@ -140,9 +140,8 @@ def test_tables_made_for_a_whole_run_equal_those_made_step_by_step() -> None:
     model = random_model(TINY)
     timesteps, pooled = torch.linspace(1000, 1, 7), torch.randn(7, 48)
     whole = model.modulation(timesteps, pooled)
-    for i in range(7):
+    for i, rows in enumerate(whole.each()):
         single = model.modulation(timesteps[i : i + 1], pooled[i : i + 1])
-        rows = whole.rows(torch.tensor([i]))
         for ours, theirs in zip(
             (*rows.image, *rows.context, rows.final), (*single.image, *single.context, single.final), strict=True
         ):

@@ -14,6 +14,7 @@ State = Literal["queued", "running", "done", "failed", "cancelled", "set_aside"]
 OVER: tuple[State, ...] = ("done", "failed", "cancelled", "set_aside")  # from these nothing leads on
 LONGEST_NAME = 200  # characters of an id, a client's name, an idempotency key
 LARGEST_PRIORITY = 1_000_000
+LARGEST_PAYLOAD = 4 << 20  # bytes of JSON; a queue of a thousand must fit into memory
 LARGEST_NUMBER = 1e15  # so that neighbours stay apart as floats
 
 
@@ -64,6 +65,11 @@ class Order:
             if given is not None and not (isinstance(given, int | float) and abs(given) < LARGEST_NUMBER):
                 raise RequestError(f"{name} {given!r:.60}: need a number within ±{LARGEST_NUMBER:g}.")
         object.__setattr__(self, "text", to_json(self.payload, "The request"))
+        if len(self.text) > LARGEST_PAYLOAD:
+            raise RequestError(
+                f"The request is {len(self.text) >> 20} MB of JSON, of which {LARGEST_PAYLOAD >> 20} are taken at "
+                "most. Send pictures as files."
+            )
 
     @property
     def compared(self) -> str:

@@ -78,13 +78,11 @@ class Modulation:
     context: tuple[Tensor, ...]  # by block [N, 6, D]; the last [N, 2, D]
     final: Tensor  # [N, 2, D]
 
-    def rows(self, index: Tensor | slice) -> "Modulation":
-        """The rows that `index` names, in its order."""
-        return Modulation(
-            tuple(block[index] for block in self.image),
-            tuple(block[index] for block in self.context),
-            self.final[index],
-        )
+    def each(self) -> list["Modulation"]:
+        """Every row by itself."""
+        cut = [tensor.split(1) for tensor in (*self.image, *self.context, self.final)]
+        blocks = len(self.image)
+        return [Modulation(row[:blocks], row[blocks:-1], row[-1]) for row in zip(*cut, strict=True)]
 
     @classmethod
     def stack(cls, parts: Sequence["Modulation"]) -> "Modulation":

@@ -134,8 +134,8 @@ def make_tables(
         missing = [sigma for sigma in levels if (*key, prompt, sigma) not in track.tables]
         if missing:
             whole = make(model, prompt.pooled, missing, adapters)
-            for i, sigma in enumerate(missing):
-                track.tables[*key, prompt, sigma] = whole.rows(slice(i, i + 1))
+            for sigma, row in zip(missing, whole.each(), strict=True):
+                track.tables[*key, prompt, sigma] = row
 
     for condition in (*track.positive, *((negative and track.negative) or ())):
         fill(mmdit, condition.conditioning, track.adapters)

@@ -204,6 +204,15 @@ def test_files_are_announced_before_they_appear_and_appear_whole(tmp_path: Path)
     assert names(tmp_path / "output") == [each["filename"] for each in saved]  # nothing temporary stays
 
 
+def test_a_name_that_another_job_has_announced_is_passed_over(tmp_path: Path) -> None:
+    def note(path: Path) -> None:
+        if path.name.endswith("_00001_.png"):
+            raise FileExistsError(path)
+
+    (saved,) = save(bare(tmp_path, note_file=note), images=gradient(4, 6, 1))
+    assert saved["filename"].endswith("_00002_.png")
+
+
 def test_a_job_that_is_cancelled_or_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     class CancelledError(Exception):
         pass

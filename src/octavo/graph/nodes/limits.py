@@ -4,7 +4,7 @@ from octavo.errors import RequestError
 from octavo.graph.context import Context
 
 MOST_PIXELS = 1 << 28  # of all pictures of one batch: 3.2 GB in float32, one of 16384 by 16384
-ROOM = 64  # times as many as may be drawn in one picture: so large are batches, and pictures that are only loaded
+ROOM = 16  # times as many as may be drawn in one picture: so large are batches, and pictures that are only loaded
 
 MOST_CONDITIONS = 64  # of one conditioning: the model is asked with each of them at every step
 MOST_TOKENS = 16384  # of one condition, over the texts that were joined: attention's work grows with the square

@@ -73,13 +73,23 @@ def _publish(context: Context, folder: Path, names: Sequence[str], suffix: str, 
     with _alone_in(folder):
         number = _next_number(folder, names)
         for name, part in zip(names, parts, strict=True):
-            while (target := folder / f"{name}_{number:05}_{suffix}").exists():
+            while not _reserved(context, target := folder / f"{name}_{number:05}_{suffix}"):
                 number += 1
-            context.note_file(target)
             os.replace(part, target)
             files.append(target.name)
             number += 1
     return files
+
+
+def _reserved(context: Context, target: Path) -> bool:
+    """Note a file before it appears; False where the name is taken, or another job has noted it."""
+    if target.exists():
+        return False
+    try:
+        context.note_file(target)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _next_number(folder: Path, names: Sequence[str]) -> int:
