@@ -28,6 +28,7 @@ CHANGES = {
     "sd3.5-medium-slg": ("--set", "Sampler.steps=2", "--set", "11.layers=1", *SMALL),
     "img2img": ("--set", "Sampler.steps=3", "--set", "13.megapixels=0.01", "--set", "Picture.image=hole.png"),
     "inpaint": ("--set", "Sampler.steps=3", "--set", "Picture.image=hole.png"),
+    "outpaint": ("--set", "Sampler.steps=3", "--set", "Picture.image=hole.png", "--set", "Room.right=32"),
     "controlnet-canny": (
         *("--set", "ControlNet.control_net_name=octavo-demo-canny.safetensors", "--set", "Picture.image=hole.png"),
         *("--set", "Sampler.steps=2", "--set", "Fit.width=64", "--set", "Fit.height=64", *SMALL),
@@ -90,7 +91,7 @@ def test_every_example_draws_with_the_embedded_model(run: Run, tmp_path: Path, e
     (path,) = out
     prefix = example.stem.removesuffix("-page").removesuffix("-canny")
     assert path == f"output/{prefix}_00001_.png"
-    expected = {"hires": (96, 96), "img2img": (96, 96)}.get(example.stem, (64, 64))
+    expected = {"hires": (96, 96), "img2img": (96, 96), "outpaint": (96, 64)}.get(example.stem, (64, 64))
     assert open_image(path).size == expected
 
 

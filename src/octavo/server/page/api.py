@@ -52,6 +52,8 @@ class ControlWish(BaseModel):
     start: float = Field(0.0, ge=0, le=1, description="fraction of the schedule from which on it acts")
     end: float = Field(1.0, ge=0, le=1)
     preprocess: str | None = Field(None, description="canny finds the edges of a photo first")
+    low: float = Field(0.4, gt=0, lt=4, description="thresholds of edges")
+    high: float = Field(0.8, gt=0, lt=4)
     invert: bool = False
 
 
