@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import octavo
 from octavo.errors import ModelNotFoundError, RequestError, WrongModelError
+from octavo.fp8 import Fp8Linear
 from octavo.models import ControlNetConfig
 from octavo.models.vae import SCALE, SHIFT
 from octavo.pipeline.control_request import ControlImage, control_called
@@ -16,6 +17,7 @@ from octavo.pipeline.controlnets import control_pixels
 from octavo.pipeline.edges import canny
 from octavo.pipeline.hints import ControlPicture, encode_hint, scaled
 from octavo.pipeline.request import GenerateRequest
+from octavo.pipeline.shelf import LoadSettings, Shelf
 from tests.goldens import golden
 
 
@@ -152,3 +154,16 @@ def test_a_net_that_is_not_there_or_is_for_another_model_says_what_to_do(tmp_pat
         components.controls((control_called(f"model=tiny-depth,type=canny,image={photo}"),), 128, 128)
     with pytest.raises(ModelNotFoundError, match="ControlNets that are there: tiny-depth"):
         components.controls((control_called(f"model=other,image={photo}"),), 128, 128)
+
+
+def test_force_fp8_quantizes_controlnets_too(tmp_path: Path) -> None:
+    """By row, 3 bits of mantissa: each weight errs by at most a 16th, at random, the outputs by far less together."""
+    settings = LoadSettings(models_dir=tree(tmp_path / "models"), device="cpu", dtype="float32")
+    plain = Shelf(settings).controlnets.part("tiny-depth.safetensors")
+    forced = Shelf(replace(settings, force_fp8=True)).controlnets.part("tiny-depth.safetensors")
+    assert plain.fp8_linears == 0
+    assert forced.forced_linears == forced.fp8_linears == forced.linears > 10
+    assert isinstance(forced().outputs[0], Fp8Linear)
+    assert forced.nbytes < 0.4 * plain.nbytes
+    with pytest.raises(ModelNotFoundError):  # over a network a name is one of the tree's, never a path
+        Shelf(settings).controlnets.part(str(plain.path))
