@@ -1,5 +1,6 @@
 """What is asked of ControlNets, from the command's words to the nets and pictures that it comes to."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
