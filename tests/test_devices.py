@@ -1,5 +1,7 @@
 """What a machine can do is asked when needed; what it lacks is refused with what it has; its settings come back."""
 
+import sys
+
 import pytest
 import torch
 
@@ -82,3 +84,26 @@ def test_an_unknown_dtype_is_refused_with_those_there_are() -> None:
 def test_free_memory_is_a_plausible_number() -> None:
     free = free_bytes(CPU)
     assert free is None or 1 << 20 < free < 1 << 50
+
+
+def test_a_thread_that_leaves_the_cores_to_others_keeps_them_for_others() -> None:
+    """One thread's number is its own: neither the main thread's nor that of threads to come changes."""
+    import threading
+
+    from octavo.devices import compute_on_one_core
+
+    seen: dict[str, int] = {}
+
+    def alone() -> None:
+        compute_on_one_core()
+        seen["alone"] = torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    for work in (alone, lambda: seen.update(later=torch.get_num_threads())):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    compute_on_one_core()  # of the main thread: nothing
+    if sys.platform.startswith("linux"):
+        assert seen["alone"] == 1
+    assert seen["later"] == torch.get_num_threads() == before

@@ -6,10 +6,11 @@ Which device and dtype to use where the user names none, and how much memory is 
 import ctypes
 import os
 import platform
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from threading import Lock
+from threading import Lock, current_thread, main_thread
 
 import torch
 
@@ -143,6 +144,33 @@ def _of_glibc(name: str) -> Callable[..., int] | None:
     except (OSError, AttributeError, TypeError):  # another C library, another system
         return None
     return function
+
+
+def compute_on_one_core() -> None:
+    """Let torch's operations of the calling thread run on one core from now on, where another thread owns the device.
+
+    Each thread that runs a parallel operation gets helpers of its own. When there are more of them than cores, GNU's
+    OpenMP has all of them sleep between operations instead of waiting for the next, and the many small operations of a
+    step take twice as long. Python's main thread is left as it is.
+    """
+    if current_thread() is main_thread():
+        return
+    torch.get_num_threads()  # a thread's first question sets its number
+    library = _openmp()
+    if library is not None:
+        library.omp_set_num_threads(1)
+
+
+@cache
+def _openmp() -> ctypes.CDLL | None:
+    """The OpenMP library that torch has loaded; torch's own switch would change the number of all threads to come."""
+    try:
+        with open("/proc/self/maps", encoding="utf-8") as maps:
+            paths = (line.split(maxsplit=5)[-1].strip() for line in maps)
+            path = next((path for path in paths if re.search(r"/lib(gomp|iomp5|omp)\b[^/]*\.so", path)), None)
+        return None if path is None else ctypes.CDLL(path)
+    except OSError:  # another system, or a library that has been replaced since
+        return None
 
 
 @contextmanager

@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from octavo.devices import whole_processor
+from octavo.devices import compute_on_one_core, whole_processor
 from octavo.engine.batch import Batcher
 from octavo.engine.events import Task
 from octavo.engine.metrics import Metrics
@@ -69,6 +69,7 @@ def drawing(
     numbers, pace = _Numbers(output_dir), Pace(preview_share)
 
     def run(task: Task) -> dict[str, Any]:
+        compute_on_one_core()
         start = monotonic()
         payload = task.job.payload
         request = _request(payload)
@@ -85,6 +86,7 @@ def drawing(
             track = batcher.do(partial(prepare, components, job, encode=encode))
 
         def one(index: int) -> Picture:
+            compute_on_one_core()
             decoding = 0.0
 
             def watch(progress: Progress) -> None:

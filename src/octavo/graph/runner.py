@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from octavo.devices import compute_on_one_core
 from octavo.errors import JobError, RequestError
 from octavo.graph.cache import Cache
 from octavo.graph.context import Context, at_once
@@ -180,6 +181,7 @@ def graph_runner(
     pace = Pace(preview_share)
 
     def run(task: Task) -> Record:
+        compute_on_one_core()
         payload = task.job.payload
         extra_data = payload.get("extra_data")
         extra_data = extra_data if isinstance(extra_data, Mapping) else {}
