@@ -80,7 +80,8 @@ class Modulation:
 
     def each(self) -> list["Modulation"]:
         """Every row by itself."""
-        cut = [tensor.split(1) for tensor in (*self.image, *self.context, self.final)]
+        ones = [1] * len(self.final)
+        cut = [tensor.split_with_sizes(ones) for tensor in (*self.image, *self.context, self.final)]
         blocks = len(self.image)
         return [Modulation(row[:blocks], row[blocks:-1], row[-1]) for row in zip(*cut, strict=True)]
 
