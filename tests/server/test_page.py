@@ -247,7 +247,7 @@ def test_a_picture_is_drawn_used_again_and_compared_in_a_browser(
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
     # Draw, with a preview on the way
-    prompt = f"a large red star on a {'blue' if scheme == 'light' else 'white'} background"
+    prompt = f"a large pink ring on a {'gray' if scheme == 'light' else 'black'} background"  # nobody else's
     page.fill("[name=prompt]", prompt)
     page.fill("[name=seed]", "5")
     page.fill("[name=steps]", "60")
