@@ -40,7 +40,7 @@ class FakeModel(nn.Module):
     def modulation(self, timestep: Tensor, pooled: Tensor) -> Modulation:
         """One number a row."""
         table = (timestep / 1000 + pooled.mean(1))[:, None, None].expand(-1, 2, WIDTH)
-        return Modulation((table,), (table,), table)
+        return Modulation.of((table,), (table,), table)
 
     def forward(
         self,

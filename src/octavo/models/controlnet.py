@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from octavo.models.attention import attention
-from octavo.models.layers import FREQUENCIES, MLPEmbedder, PatchEmbed, crop_pos_embed, modulate, timestep_embedding
+from octavo.models.layers import FREQUENCIES, MLPEmbedder, PatchEmbed, crop_pos_embed, timestep_embedding
 from octavo.models.mmdit import JointBlock, MMDiTConfig, Modulation, StreamBlock
+from octavo.models.ops import Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,8 @@ class ImageBlock(StreamBlock):
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         """[B, n, D] and [B, 6, D] → [B, n, D]."""
-        attended = attention(*self.attn.project_in(modulate(x, modulation[:, 0], modulation[:, 1])))
+        (qkv,) = self.ops.modulated(x, Target(self.attn.qkv, modulation[:, 0], modulation[:, 1]))
+        attended = self.ops.attention(*self.ops.heads((self.attn, qkv)))
         return self.finish(x, attended, modulation)
 
 
@@ -91,13 +92,13 @@ class ControlNet(nn.Module):
         vector = self.t_embedder(timestep_embedding(timestep).to(pooled.dtype)) + self.y_embedder(told)
         if self.config.joint:
             blocks = cast("Sequence[JointBlock]", self.blocks)
-            return Modulation(
+            return Modulation.of(
                 tuple(block.x_block.adaLN_modulation(vector) for block in blocks),
                 tuple(block.context_block.adaLN_modulation(vector) for block in blocks),
                 vector.new_empty(len(vector), 0, self.config.width),
             )
         image = tuple(cast(ImageBlock, block).adaLN_modulation(vector) for block in self.blocks)
-        return Modulation(image, (), vector.new_empty(len(vector), 0, self.config.width))
+        return Modulation.of(image, (), vector.new_empty(len(vector), 0, self.config.width))
 
     def forward(
         self,
@@ -123,12 +124,12 @@ class ControlNet(nn.Module):
         x = self._embed(latents) if self.config.pos_embed_size else embed(latents)
         x = x + self.control_embedder(_padded(control, self.config.patch_size))
         told = self.context_embedder(context) if self.config.joint else None
-        residuals = []
+        residuals, of_text, of_image = [], modulation.context, modulation.image
         for i, (block, output) in enumerate(zip(self.blocks, self.outputs, strict=True)):
             if told is not None:
-                told, x = block(told, x, modulation.context[i], modulation.image[i])
+                told, x = block(told, x, of_text[i], of_image[i])
             else:
-                x = block(x, modulation.image[i])
+                x = block(x, of_image[i])
             residuals.append(output(x))
         return tuple(residuals)
 

@@ -15,13 +15,12 @@ B batch, N rows of modulation, L text tokens, n image tokens, D width, H heads, 
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from octavo.models.attention import attention
 from octavo.models.layers import (
     FREQUENCIES,
     MLP,
@@ -31,10 +30,9 @@ from octavo.models.layers import (
     RMSNorm,
     crop_pos_embed,
     modulate,
-    modulate_normed,
-    norm,
     timestep_embedding,
 )
+from octavo.models.ops import PLAIN, Ops, Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,43 +68,65 @@ class MMDiTConfig:
         return cls(depth=24, width=1536, heads=24, qk_norm=False)
 
 
-@dataclass(frozen=True, slots=True)
 class Modulation:
-    """Shift, scale and gate vectors of every block for N rows (a row: one sigma of one prompt)."""
+    """Shift, scale and gate vectors of every block for N rows (a row: one sigma of one prompt).
 
-    image: tuple[Tensor, ...]  # by block [N, 6 or 9, D]
-    context: tuple[Tensor, ...]  # by block [N, 6, D]; the last [N, 2, D]
-    final: Tensor  # [N, 2, D]
+    They lie in one tensor, a row beside the other, so that taking rows of many requests together is one copy however
+    deep the model is.
+
+    Attributes:
+        flat: [N, S·D], all vectors of a row one after the other.
+        chunks: how many vectors of D there are for each block's image stream, each block's text stream, and the end.
+    """
+
+    __slots__ = ("chunks", "flat")
+
+    def __init__(self, flat: Tensor, chunks: tuple[tuple[int, ...], tuple[int, ...], int]) -> None:
+        self.flat, self.chunks = flat, chunks
+
+    @classmethod
+    def of(cls, image: Sequence[Tensor], context: Sequence[Tensor], final: Tensor) -> "Modulation":
+        """From by-block tables [N, 6 or 9, D] and [N, 6, D] (the last [N, 2, D]), and the final layer's [N, 2, D]."""
+        chunks = (tuple(t.shape[1] for t in image), tuple(t.shape[1] for t in context), final.shape[1])
+        return cls(torch.cat([t.flatten(1) for t in (*image, *context, final)], dim=1), chunks)
+
+    def __len__(self) -> int:
+        return len(self.flat)
+
+    @property
+    def image(self) -> tuple[Tensor, ...]:
+        """By block [N, 6 or 9, D]: views, made when asked."""
+        return self._tables[: len(self.chunks[0])]
+
+    @property
+    def context(self) -> tuple[Tensor, ...]:
+        """By block [N, 6, D]; the last [N, 2, D]; none for ControlNets without text."""
+        return self._tables[len(self.chunks[0]) : -1]
+
+    @property
+    def final(self) -> Tensor:
+        """[N, 2, D]; [N, 0, D] for ControlNets."""
+        return self._tables[-1]
+
+    @property
+    def _tables(self) -> tuple[Tensor, ...]:
+        image, context, final = self.chunks
+        each = (*image, *context, final)
+        width = self.flat.shape[1] // sum(each)
+        return tuple(self.flat.view(len(self.flat), -1, width).split_with_sizes(each, dim=1))
 
     def each(self) -> list["Modulation"]:
         """Every row by itself."""
-        ones = [1] * len(self.final)
-        cut = [tensor.split_with_sizes(ones) for tensor in (*self.image, *self.context, self.final)]
-        blocks = len(self.image)
-        return [Modulation(row[:blocks], row[blocks:-1], row[-1]) for row in zip(*cut, strict=True)]
+        return [Modulation(row, self.chunks) for row in self.flat.split_with_sizes([1] * len(self.flat))]
 
     @classmethod
     def stack(cls, parts: Sequence["Modulation"]) -> "Modulation":
         """The rows of all `parts`, one after the other."""
-        if len(parts) == 1:
-            return parts[0]
-        return cls(
-            tuple(torch.cat(blocks) for blocks in zip(*(part.image for part in parts), strict=True)),
-            tuple(torch.cat(blocks) for blocks in zip(*(part.context for part in parts), strict=True)),
-            torch.cat([part.final for part in parts]),
-        )
-
-
-class QKV(NamedTuple):
-    """Queries, keys and values, each [B, L, H, E]."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
+        return parts[0] if len(parts) == 1 else cls(torch.cat([part.flat for part in parts]), parts[0].chunks)
 
 
 class SelfAttention(nn.Module):
-    """The linears around one attention; the attention itself is called by the block, which may join streams in it."""
+    """The layers around one attention; the attention itself is called by the block, which may join streams in it."""
 
     def __init__(self, config: MMDiTConfig, *, project: bool = True) -> None:
         super().__init__()
@@ -118,14 +138,11 @@ class SelfAttention(nn.Module):
         if project:
             self.proj = nn.Linear(width, width)
 
-    def project_in(self, x: Tensor) -> QKV:
-        """[B, L, D] → queries and keys (normalised) and values."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        return QKV(self.ln_q(q), self.ln_k(k), v)
-
 
 class StreamBlock(nn.Module):
     """One stream's half of a joint block. Text and image have the same layers with weights of their own."""
+
+    ops: Ops = PLAIN
 
     def __init__(self, config: MMDiTConfig, *, dual: bool = False, ends_here: bool = False) -> None:
         super().__init__()
@@ -140,14 +157,18 @@ class StreamBlock(nn.Module):
     def finish(self, x: Tensor, attended: Tensor, modulation: Tensor, attended2: Tensor | None = None) -> Tensor:
         """Add the gated attention (and the second one), then the gated MLP."""
         _, _, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation[:, :6].unbind(1)
-        x = torch.addcmul(x, gate_msa[:, None], self.attn.proj(attended))
+        gate, branch = gate_msa, self.attn.proj(attended)
         if attended2 is not None:
-            x = torch.addcmul(x, modulation[:, 8, None], self.attn2.proj(attended2))
-        return torch.addcmul(x, gate_mlp[:, None], self.mlp(modulate(x, shift_mlp, scale_mlp)))
+            x = self.ops.residual(x, gate, branch)
+            gate, branch = modulation[:, 8], self.attn2.proj(attended2)
+        x, hidden = self.ops.residual_modulated(x, gate, branch, Target(self.mlp.fc1, shift_mlp, scale_mlp))
+        return self.ops.residual(x, gate_mlp, self.ops.gelu(hidden, self.mlp.fc2))
 
 
 class JointBlock(nn.Module):
     """Text and image tokens attend to all of both; everything else keeps the streams apart."""
+
+    ops: Ops = PLAIN
 
     def __init__(self, config: MMDiTConfig, *, dual: bool, last: bool) -> None:
         super().__init__()
@@ -159,17 +180,17 @@ class JointBlock(nn.Module):
         self, context: Tensor, x: Tensor, context_modulation: Tensor, x_modulation: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Context [B, L, D] and image tokens [B, n, D] → the same; the last block leaves the context as it is."""
-        text, image = self.context_block, self.x_block
-        of_text = text.attn.project_in(modulate(context, context_modulation[:, 0], context_modulation[:, 1]))
-        normed = norm(x)
-        of_image = image.attn.project_in(modulate_normed(normed, x_modulation[:, 0], x_modulation[:, 1]))
-
-        joint = (torch.cat(pair, dim=1) for pair in zip(of_text, of_image, strict=True))
-        attended = attention(*joint)
+        text, image, ops = self.context_block, self.x_block, self.ops
+        (of_text,) = ops.modulated(context, Target(text.attn.qkv, context_modulation[:, 0], context_modulation[:, 1]))
+        first = Target(image.attn.qkv, x_modulation[:, 0], x_modulation[:, 1])
         attended2 = None
         if self.dual:
-            second = modulate_normed(normed, x_modulation[:, 6], x_modulation[:, 7])
-            attended2 = attention(*image.attn2.project_in(second))
+            second = Target(image.attn2.qkv, x_modulation[:, 6], x_modulation[:, 7])
+            of_image, of_image2 = ops.modulated(x, first, second)
+            attended2 = ops.attention(*ops.heads((image.attn2, of_image2)))
+        else:
+            (of_image,) = ops.modulated(x, first)
+        attended = ops.attention(*ops.heads((text.attn, of_text), (image.attn, of_image)))
         length = context.shape[1]
         x = image.finish(x, attended[:, length:], x_modulation, attended2)
         if not text.ends_here:
@@ -221,7 +242,7 @@ class MMDiT(nn.Module):
             Tables of N rows for `forward`, one row for each row of its batch.
         """
         vector = self.vector(timestep, pooled)
-        return Modulation(
+        return Modulation.of(
             tuple(block.x_block.adaLN_modulation(vector) for block in self.joint_blocks),
             tuple(block.context_block.adaLN_modulation(vector) for block in self.joint_blocks),
             self.final_layer.adaLN_modulation(vector),
@@ -254,9 +275,10 @@ class MMDiT(nn.Module):
             Velocity [B, 16, h, w], the derivative of latents with respect to sigma.
         """
         context, x = self.embed(latents, context)
+        of_text, of_image = modulation.context, modulation.image
         for i, block in enumerate(self.joint_blocks):
             if i not in skip_layers:
-                context, x = block(context, x, modulation.context[i], modulation.image[i])
+                context, x = block(context, x, of_text[i], of_image[i])
             if i < len(control) and (residual := control[i]) is not None:
                 x = x + residual
         return self.finish(x, modulation.final, latents.shape[-2:])

@@ -71,7 +71,7 @@ class Tables:
                 return entry.table
             self.misses += 1
         table = make_table(mmdit, pooled, sigmas, adapters)
-        nbytes = sum(each.nbytes for each in (*table.image, *table.context, table.final))
+        nbytes = table.flat.nbytes
         if nbytes <= self.max_bytes:
             with self._lock:
                 gone = weakref.ref(mmdit, lambda _: self._drop(key))

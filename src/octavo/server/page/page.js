@@ -287,26 +287,39 @@ function slider(left, leftPicture, right, rightPicture) {
   return box;
 }
 
+// A line stays the same element as long as its job is open: a button that is made anew with every step cannot be pressed.
+const rows = new Map();
+
 function paintQueue() {
-  const open = [...jobs.values()].filter((job) => !job.over || (job.error && job.fresh));
-  $("queue").replaceChildren(
-    ...open.sort((a, b) => a.created - b.created).map((job) => {
-      const line = document.createElement("li");
-      const words = document.createElement("span");
-      const count = job.progress?.max ? ` ${job.progress.value}/${job.progress.max}` : "";
-      words.textContent = job.error ? `${job.settings.prompt}: ${job.error}` : `${job.state}${count} · ${job.settings.prompt}`;
-      words.className = job.error ? "bad" : "";
-      const end = Object.assign(document.createElement("button"), { type: "button", textContent: job.over ? "×" : "Cancel" });
-      end.onclick = async () => {
-        job.fresh = false;
-        if (!job.over) await ask(`octavo/jobs/${job.id}`, { method: "DELETE" }).catch((error) => trouble(error.message));
-        paintQueue();
-      };
-      words.onclick = () => stage({ job: job.id });
-      line.append(words, end);
-      return line;
-    }),
-  );
+  const open = [...jobs.values()].filter((job) => !job.over || (job.error && job.fresh)).sort((a, b) => a.created - b.created);
+  const ids = new Set(open.map((job) => job.id));
+  for (const [id, line] of rows) if (!ids.has(id)) (line.remove(), rows.delete(id));
+  open.forEach((job, at) => {
+    if (!rows.has(job.id)) rows.set(job.id, makeLine(job.id));
+    const line = rows.get(job.id);
+    const [words, end] = line.children;
+    const count = job.progress?.max ? ` ${job.progress.value}/${job.progress.max}` : "";
+    words.textContent = job.error ? `${job.settings.prompt}: ${job.error}` : `${job.state}${count} · ${job.settings.prompt}`;
+    words.className = job.error ? "bad" : "";
+    end.textContent = job.over ? "×" : "Cancel";
+    const there = $("queue").children[at];
+    if (there !== line) $("queue").insertBefore(line, there || null);
+  });
+}
+
+function makeLine(id) {
+  const line = document.createElement("li");
+  const words = document.createElement("span");
+  const end = Object.assign(document.createElement("button"), { type: "button" });
+  words.onclick = () => stage({ job: id });
+  end.onclick = async () => {
+    const job = jobs.get(id);
+    job.fresh = false;
+    if (!job.over) await ask(`octavo/jobs/${id}`, { method: "DELETE" }).catch((error) => trouble(error.message));
+    paintQueue();
+  };
+  line.append(words, end);
+  return line;
 }
 
 function paintGallery() {
