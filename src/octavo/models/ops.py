@@ -93,7 +93,7 @@ class PlainOps:
         """
         parts = []
         for attn, qkv in streams:
-            q, k, v = qkv.unflatten(-1, (3, attn.heads, -1)).unbind(2)
+            q, k, v = qkv.view(*qkv.shape[:-1], 3, attn.heads, -1).unbind(2)
             parts.append(QKV(attn.ln_q(q), attn.ln_k(k), v))
         return parts[0] if len(parts) == 1 else QKV(*(torch.cat(each, dim=1) for each in zip(*parts, strict=True)))
 
