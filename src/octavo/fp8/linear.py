@@ -44,6 +44,7 @@ class Fp8Linear(nn.Module):
         bias: [out] in the compute dtype, or None.
         lora_down, lora_up: [r, in] and [out, r] in the compute dtype, or None.
         choice: the backend with the reasons against the others, or None before `prepare`.
+        twin: the form of the weight that the backend takes instead of `q`, where it has one of its own.
 
     `q` and the scales keep their dtypes under `.to(dtype)`, `.half()` and the like, which only move them: another dtype
     would undo the quantization. They are buffers, so that optimizers leave them alone. A layer that moves to another
@@ -82,7 +83,7 @@ class Fp8Linear(nn.Module):
         self.register_parameter("lora_up", None)
         self.groups: int | Tensor | None = None
         self.choice: Choice | None = None
-        self._twin: Scaled | None = None
+        self.twin: Scaled | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out], both in x's dtype."""
@@ -93,7 +94,7 @@ class Fp8Linear(nn.Module):
         if torch.is_grad_enabled() and (rows.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             y = _Multiply.apply(rows, self._own_weight(), self.bias, input_scale, backend)  # type: ignore[no-untyped-call]
         else:
-            y = backend.run(rows, self._twin or self.scaled, self.bias, input_scale)
+            y = backend.run(rows, self.twin or self.scaled, self.bias, input_scale)
         if self.lora_down is not None and self.lora_up is not None:
             y = y + F.linear(F.linear(rows, self.lora_down.to(x.dtype)), self.lora_up.to(x.dtype))
         return y.view(*x.shape[:-1], self.out_features)
@@ -126,8 +127,8 @@ class Fp8Linear(nn.Module):
             weight = weight + self.lora_up.detach().float() @ self.lora_down.detach().float()
         return weight
 
-    def problem(self, dtype: torch.dtype, mode: Mode = "exact") -> Problem:
-        """What a backend would have to do for inputs of `dtype`, where the layer is now."""
+    def problem(self, dtype: torch.dtype, mode: Mode = "exact", device: torch.device | None = None) -> Problem:
+        """What a backend would have to do for inputs of `dtype` on `device`, or where the layer is now."""
         return Problem(
             N=self.out_features,
             K=self.in_features,
@@ -138,29 +139,37 @@ class Fp8Linear(nn.Module):
             device="",
             full_precision=self.spec.full_precision,
             mode=mode,
-        ).on(self.scale.device)
+        ).on(device or self.scale.device)
 
-    def use(self, choice: Choice) -> None:
+    def use(self, choice: Choice, device: torch.device | str | None = None) -> None:
         """Multiply by this backend from now on.
 
         A backend with a form of its own for the weight gets that made, and `q` gives its memory back.
 
+        Args:
+            device: where that form is made, if not where the weight is; it is kept where the weight is.
+
         Raises:
             RequestError: `q` was given up before, for a backend that is no longer wanted.
         """
-        if self._twin is not None:
+        if self.twin is not None:
             if self.choice is not None and self.choice.backend is choice.backend:
                 return
             raise RequestError(_given_up(self.choice))
         if choice.backend.twin is not None:
-            self._twin = choice.backend.twin(self.scaled)
+            weight, home = self.scaled, self.q.device
+            there = home if device is None else torch.device(device)
+            made = choice.backend.twin(Scaled(weight.q.to(there), weight.scale.to(there), weight.block))
+            # What a kernel has packed for itself cannot be moved, nor need it be: only CPUs have such.
+            stays = made.q.layout is not torch.strided
+            self.twin = made if stays else Scaled(made.q.to(home), made.scale.to(home), made.block)
             self.q = self.q.to("meta")
         self.choice = choice
 
     @property
     def given_up(self) -> bool:
         """Whether another form has taken the place of the FP8 weight for good."""
-        return self._twin is not None
+        return self.twin is not None
 
     def set_low_rank(self, down: Tensor | None, up: Tensor | None) -> None:
         """Add x · downᵀ · upᵀ to the output; a LoRA's strength is part of `up`, and several lie side by side in r.
@@ -185,18 +194,18 @@ class Fp8Linear(nn.Module):
         )
 
     def _own_weight(self) -> Scaled:
-        if self._twin is not None:
+        if self.twin is not None:
             raise RequestError(_given_up(self.choice))
         return self.scaled
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         device = self.scale.device
-        if self._twin is not None:
+        if self.twin is not None:
             self._buffers["q"] = None  # what has no memory cannot be moved
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         moved = self.scale.device != device
-        if self._twin is not None:
+        if self.twin is not None:
             self.q = kept.pop("q")
             if moved:
                 raise RequestError(_given_up(self.choice))

@@ -84,7 +84,8 @@ def prepare(
     """Give every FP8 layer of `model` its backend; call it once, when the weights are there.
 
     Args:
-        model: loaded, on `device`; changed in place.
+        model: loaded, on `device` or in host memory, from where its weights will come when they are needed; changed in
+            place.
         device: where it runs.
         dtype: of its activations.
         mode: "exact" keeps the activations in `dtype`; "fp8" lets a backend round them to FP8 where that is how the
@@ -113,15 +114,15 @@ def prepare(
     choices, remade = dict[Problem, Choice](), 0
     for name, layer in model.named_modules():
         if isinstance(layer, Fp8Linear):
-            assert layer.scale.device.type == torch.device(device).type, f"a layer is on {layer.scale.device}"
-            told = replace(layer.problem(dtype, mode), rows=rows(name))
+            assert layer.scale.device.type in (torch.device(device).type, "cpu"), f"a layer is on {layer.scale.device}"
+            told = replace(layer.problem(dtype, mode, torch.device(device)), rows=rows(name))
             problem = assumed(told) if assume_fp8_compute else told
             if problem not in choices:
                 choices[problem] = choose_backend(backends, problem, measure=timings, wanted=wanted)
                 chosen = choices[problem].backend
                 if problem != told and chosen.refusal(replace(told, by_name=wanted is chosen)):
                     _try(chosen, problem)
-            layer.use(choices[problem])
+            layer.use(choices[problem], device)
             if layer.given_up:
                 remade += layer.q.numel()
                 if remade >= TRIM_AFTER:

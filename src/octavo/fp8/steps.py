@@ -37,7 +37,8 @@ def at_sigmas(model: nn.Module, sigmas: Sequence[float]) -> Iterator[None]:
     layers = _stepped(model)
     for layer in layers:
         groups = [step_group(sigma, layer.spec.step_sigmas) for sigma in sigmas]
-        layer.groups = groups[0] if len(set(groups)) == 1 else torch.tensor(groups, device=layer.scale.device)
+        assert layer.input_scale is not None, "a layer with steps has a scale for each of them"
+        layer.groups = groups[0] if len(set(groups)) == 1 else torch.tensor(groups, device=layer.input_scale.device)
     try:
         yield
     finally:
