@@ -14,10 +14,12 @@ from torch import Tensor
 
 from octavo.errors import RequestError, did_you_mean
 from octavo.fp8.needs import Need, Problem, RoundsInput, dtype_name
-from octavo.fp8.scale import Scaled, dequantize
+from octavo.fp8.scale import Form, Scaled, dequantize
 
 # x [M, K], the weight [N, K], bias [N] and a calibrated scale of x, shape [] → [M, N] in x's dtype.
 ScaledMatmul = Callable[[Tensor, Scaled, Tensor | None, Tensor | None], Tensor]
+# The same from x in 8 bits with a scale [] or [M, 1], and the dtype of the result.
+RowsMatmul = Callable[[Scaled, Scaled, Tensor | None, torch.dtype], Tensor]
 
 
 class UnusableError(RequestError):
@@ -33,6 +35,14 @@ class Backend:
     about: str = ""  # what it does, in a few words
     needs: tuple[Need, ...] = ()
     twin: Callable[[Scaled], Scaled] | None = None  # the form of the weight that `run` takes, where it is not FP8
+    run_scaled: RowsMatmul | None = None  # for one that rounds its input: the second half of `run`
+
+    @property
+    def form(self) -> Form | None:
+        """In what 8 bits `run_scaled` takes its rows; None where there is none."""
+        if self.run_scaled is None:
+            return None
+        return next(need.to for need in self.needs if isinstance(need, RoundsInput) and need.to != "bfloat16")
 
     @property
     def rounds_input(self) -> bool:

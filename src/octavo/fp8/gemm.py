@@ -21,20 +21,24 @@ def torch_matmul(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Te
     Returns:
         [M, N] in x's dtype.
     """
-    rows, outputs = x.shape[0], weight.q.shape[0]
+    return torch_scaled(quantize_input(x, input_scale), weight, bias, x.dtype)
+
+
+def torch_scaled(x: Scaled, weight: Scaled, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The second half of `torch_matmul`: x [M, K] in e4m3fn, its scale [] or [M, 1], → [M, N] in `dtype`."""
+    rows, outputs = x.q.shape[0], weight.q.shape[0]
     if rows == 0:
-        return x.new_empty(0, outputs)
-    rounded = quantize_input(x, input_scale)
+        return weight.scale.new_empty(0, outputs, dtype=dtype)
     # torch wants either one scale on both sides or one for each row of x and each column of the weight's transpose.
-    x_scale, scale = rounded.scale, weight.scale
+    x_scale, scale = x.scale, weight.scale
     if x_scale.ndim or scale.ndim:
         x_scale = x_scale if x_scale.ndim else x_scale.view(1, 1).repeat(rows, 1)
         scale = scale.t() if scale.ndim else scale.view(1, 1).repeat(1, outputs)
     return torch._scaled_mm(
-        rounded.q,
+        x.q,
         weight.q.t(),
         scale_a=x_scale,
         scale_b=scale,
-        bias=None if bias is None else bias.to(x.dtype),
-        out_dtype=x.dtype,
+        bias=None if bias is None else bias.to(dtype),
+        out_dtype=dtype,
     )

@@ -17,9 +17,12 @@ ROWS_AT_ONCE = 256  # of the weight, in float32 meanwhile
 
 
 def quantize_int8(x: Tensor) -> Scaled:
-    """Round each row of `x` [rows, columns] to [-127, 127] times its scale [rows, 1], float32."""
+    """Round each row of `x` [rows, columns] to [-127, 127] times its scale [rows, 1], float32.
+
+    INT8 has no code for NaN, so a row that holds one gets NaN as its scale.
+    """
     scale = x.abs().amax(1, keepdim=True).float() / MAX
-    scale = torch.where(scale > 0, scale, 1.0)
+    scale = torch.where(scale == 0, 1.0, scale)
     return Scaled((x.float() / scale).round_().clamp_(-MAX, MAX).to(torch.int8), scale)
 
 
@@ -77,9 +80,13 @@ def int8_matmul(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Ten
 
 def int_mm_matmul(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Tensor | None) -> Tensor:  # noqa: ARG001
     """As `int8_matmul` by torch._int_mm, which GPUs have; `weight` is an `int8_twin`, N and K divisible by 8."""
-    rows = x.shape[0]
-    quantized = quantize_int8(x)
-    codes = F.pad(quantized.q, (0, 0, 0, max(0, SMALLEST - rows)))
+    return int_mm_scaled(quantize_int8(x), weight, bias, x.dtype)
+
+
+def int_mm_scaled(x: Scaled, weight: Scaled, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The second half of `int_mm_matmul`: x [M, K] in INT8 with scales [M, 1] → [M, N] in `dtype`."""
+    rows = x.q.shape[0]
+    codes = F.pad(x.q, (0, 0, 0, max(0, SMALLEST - rows)))
     sums = torch._int_mm(codes, weight.q.t())[:rows]
-    y = sums.float() * quantized.scale * weight.scale.t()
-    return (y if bias is None else y + bias).to(x.dtype)
+    y = sums.float() * x.scale * weight.scale.t()
+    return (y if bias is None else y + bias).to(dtype)

@@ -99,6 +99,21 @@ class Fp8Linear(nn.Module):
             y = y + F.linear(F.linear(rows, self.lora_down.to(x.dtype)), self.lora_up.to(x.dtype))
         return y.view(*x.shape[:-1], self.out_features)
 
+    def of_rows(self, rows: Scaled, like: Tensor) -> Tensor:
+        """What `forward` gives where the input was rounded before, for a backend that has `run_scaled`.
+
+        Nothing but that backend acts: no low-rank branch, no hooks, no gradients.
+
+        Args:
+            rows: [M, in] in the backend's form, by `input_scale_of` where that holds.
+            like: [..., in], of the shape and dtype that the input would have.
+        """
+        assert self.choice is not None, "not prepared"
+        run = self.choice.backend.run_scaled
+        assert run is not None, f"'{self.choice.backend.name}' takes no rows in 8 bits"
+        y = run(rows, self._twin or self.scaled, self.bias, like.dtype)
+        return y.view(*like.shape[:-1], self.out_features)
+
     def input_scale_of(self, x: Tensor) -> Tensor | None:
         """The calibrated scale for `x` [B, ..., in]: [], or [rows, 1] where parts of the schedule are mixed."""
         scale, groups = self.input_scale, self.groups

@@ -54,8 +54,12 @@ def plain_w8a8(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Tens
     Returns:
         [M, N], rounded once to x's dtype.
     """
-    rounded = dequantize(quantize_input(x, input_scale))
-    return F.linear(rounded, dequantize(weight), None if bias is None else bias.float()).to(x.dtype)
+    return plain_scaled(quantize_input(x, input_scale), weight, bias, x.dtype)
+
+
+def plain_scaled(x: Scaled, weight: Scaled, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The second half of `plain_w8a8`: x [M, K] in 8 bits, its scale [] or [M, 1], → [M, N] in `dtype`."""
+    return F.linear(dequantize(x), dequantize(weight), None if bias is None else bias.float()).to(dtype)
 
 
 def triton_w8a8(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Tensor | None) -> Tensor:
@@ -63,6 +67,13 @@ def triton_w8a8(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Ten
     from octavo.fp8.kernels.matmul import w8a8
 
     return w8a8(x, weight, bias, input_scale)
+
+
+def triton_w8a8_scaled(x: Scaled, weight: Scaled, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`kernels.matmul.w8a8_scaled`."""
+    from octavo.fp8.kernels.matmul import w8a8_scaled
+
+    return w8a8_scaled(x, weight, bias, dtype)
 
 
 def triton_w8a16(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Tensor | None) -> Tensor:  # noqa: ARG001
@@ -79,6 +90,13 @@ def triton_int8(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Ten
     return multiply(x, weight, bias)
 
 
+def triton_int8_scaled(x: Scaled, weight: Scaled, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`kernels.matmul.int8_scaled`."""
+    from octavo.fp8.kernels.matmul import int8_scaled
+
+    return int8_scaled(x, weight, bias, dtype)
+
+
 PLAIN = Backend(name="plain", about="the definition: dequantize, then F.linear", run=plain_matmul)
 PLAIN_WIDE = Backend(
     name="plain-wide",
@@ -90,6 +108,7 @@ PLAIN_W8A8 = Backend(
     name="plain-w8a8",
     about="the definition of FP8 by FP8: what GPUs compute, on any machine",
     run=plain_w8a8,
+    run_scaled=plain_scaled,
     needs=(OnlyByName(), RoundsInput("e4m3fn")),
 )
 CPU = Backend(
@@ -135,6 +154,7 @@ TORCH = Backend(
     name="torch",
     about="FP8 by FP8, torch._scaled_mm",
     run=gemm.torch_matmul,
+    run_scaled=gemm.torch_scaled,
     needs=(
         OnDevice("cuda"),
         Capability(8, 9),
@@ -150,6 +170,7 @@ TRITON_W8A8 = Backend(
     name="triton-w8a8",
     about="FP8 by FP8, scales and bias in the epilogue",
     run=triton_w8a8,
+    run_scaled=triton_w8a8_scaled,
     needs=(
         OnDevice("cuda"),
         Capability(8, 9),
@@ -170,6 +191,7 @@ TORCH_INT8 = Backend(
     name="torch-int8",
     about="weight remade as INT8, input rounded to INT8 by row, torch._int_mm",
     run=int8.int_mm_matmul,
+    run_scaled=int8.int_mm_scaled,
     twin=int8.int8_twin,
     needs=(
         OnDevice("cuda"),
@@ -185,6 +207,7 @@ TRITON_INT8 = Backend(
     name="triton-int8",
     about="the same, scales and bias in the epilogue",
     run=triton_int8,
+    run_scaled=triton_int8_scaled,
     twin=int8.int8_twin,
     needs=(
         OnDevice("cuda"),

@@ -11,7 +11,7 @@ from typing import Literal, Protocol, Self
 import torch
 
 from octavo.fp8.formats import Fp8Format
-from octavo.fp8.scale import Block, Granularity
+from octavo.fp8.scale import Block, Form, Granularity
 
 # What may be rounded beside the weight: nothing; inputs to FP8, as FP8 units need them; inputs to whatever is fastest.
 Mode = Literal["exact", "fp8", "fast"]
@@ -144,7 +144,7 @@ class Granularities:
 class RoundsInput:
     """Leave to round the activations to fewer bits than their dtype has."""
 
-    to: str
+    to: Form | Literal["bfloat16"]
 
     def __str__(self) -> str:
         return "mode 'fp8'" if self.to == "e4m3fn" else "mode 'fast'"

@@ -17,6 +17,7 @@ from torch import Tensor
 from octavo.fp8.formats import E4M3FN, Fp8Format
 
 Granularity = Literal["tensor", "row", "block"]
+Form = Literal["e4m3fn", "int8"]  # of an input in 8 bits
 Block = tuple[int, int]  # rows and columns
 BLOCK: Block = (128, 128)
 

@@ -26,7 +26,7 @@ def _multiply(  # type: ignore[no-untyped-def]
     x, x_scale, w, w_scale, bias, y,
     M, N, K, x_stride,
     DECODE: tl.constexpr, E4M3: tl.constexpr, INTEGER: tl.constexpr,
-    SCALED_ROWS: tl.constexpr, SCALED_OUTPUTS: tl.constexpr, BIAS: tl.constexpr,
+    SCALED_ROWS: tl.constexpr, EACH_ROW: tl.constexpr, SCALED_OUTPUTS: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     tile, tiles_m, tiles_n = tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -54,7 +54,7 @@ def _multiply(  # type: ignore[no-untyped-def]
 
     total = total.to(tl.float32)
     if SCALED_ROWS:
-        total *= tl.load(x_scale + m, mask=m < M, other=0.0)[:, None]
+        total *= tl.load(x_scale + m * EACH_ROW, mask=m < M, other=0.0)[:, None]
     if SCALED_OUTPUTS:
         total *= tl.load(w_scale + n, mask=n < N, other=0.0)[None, :]
     else:
@@ -69,9 +69,13 @@ def _multiply(  # type: ignore[no-untyped-def]
 def w8a8(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Tensor | None = None) -> Tensor:
     """x [M, K] bfloat16 or float16, rounded to e4m3fn by `input_scale` ([] or [M, 1]) or else row by row; weight
     [N, K] e4m3fn; bias [N] → [M, N]."""
-    rounded = quantize_rows(x, input_scale)
-    codes, w = rounded.q.view(torch.uint8), weight.q.view(torch.uint8)
-    return _launch(codes, rounded.scale, w, weight.scale, bias, x.dtype, decode=None)
+    return w8a8_scaled(quantize_rows(x, input_scale), weight, bias, x.dtype)
+
+
+def w8a8_scaled(x: Scaled, weight: Scaled, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x [M, K] and weight [N, K] e4m3fn, x's scale [] or [M, 1]; bias [N] → [M, N] in `dtype`."""
+    codes, w = x.q.view(torch.uint8), weight.q.view(torch.uint8)
+    return _launch(codes, x.scale, w, weight.scale, bias, dtype, decode=None)
 
 
 def w8a16(x: Tensor, weight: Scaled, bias: Tensor | None) -> Tensor:
@@ -82,8 +86,12 @@ def w8a16(x: Tensor, weight: Scaled, bias: Tensor | None) -> Tensor:
 
 def int8(x: Tensor, twin: Scaled, bias: Tensor | None) -> Tensor:
     """x [M, K] of any floating dtype, rounded row by row to INT8; twin [N, K] INT8 by row; bias [N] → [M, N]."""
-    rounded = quantize_rows(x, fmt=INT8)
-    return _launch(rounded.q, rounded.scale, twin.q, twin.scale, bias, x.dtype, decode=None)
+    return int8_scaled(quantize_rows(x, fmt=INT8), twin, bias, x.dtype)
+
+
+def int8_scaled(x: Scaled, twin: Scaled, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x [M, K] and the twin [N, K] INT8, by row both; bias [N] → [M, N] in `dtype`."""
+    return _launch(x.q, x.scale, twin.q, twin.scale, bias, dtype, decode=None)
 
 
 def _launch(
@@ -105,7 +113,7 @@ def _launch(
             x, w_scale if x_scale is None else x_scale, w, w_scale, w_scale if bias is None else bias, y,
             M, N, K, x.stride(0),
             DECODE=decode is not None, E4M3=decode is E4M3FN.dtype, INTEGER=w.dtype == torch.int8,
-            SCALED_ROWS=x_scale is not None,
+            SCALED_ROWS=x_scale is not None, EACH_ROW=int(x_scale is not None and x_scale.ndim > 0),
             SCALED_OUTPUTS=w_scale.ndim == 2, BIAS=bias is not None,
             BLOCK_M=block_m, BLOCK_N=128, BLOCK_K=64, GROUP=GROUP, num_warps=8, num_stages=STAGES,
         )  # fmt: skip
