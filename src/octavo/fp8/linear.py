@@ -111,7 +111,7 @@ class Fp8Linear(nn.Module):
         assert self.choice is not None, "not prepared"
         run = self.choice.backend.run_scaled
         assert run is not None, f"'{self.choice.backend.name}' takes no rows in 8 bits"
-        y = run(rows, self._twin or self.scaled, self.bias, like.dtype)
+        y = run(rows, self.twin or self.scaled, self.bias, like.dtype)
         return y.view(*like.shape[:-1], self.out_features)
 
     def input_scale_of(self, x: Tensor) -> Tensor | None:

@@ -3,7 +3,9 @@
 Plain definitions: `octavo.fp8.scale.quantize_input` for e4m3fn, `octavo.fp8.int8.quantize_int8` for INT8.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -11,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.fp8.formats import E4M3FN
-from octavo.fp8.scale import Scaled
+from octavo.fp8.scale import Form, Scaled
 
 BLOCK = 1024  # columns at once
 
@@ -26,26 +28,64 @@ class Rounding:
 
 E4M3 = Rounding(E4M3FN.dtype, E4M3FN.max)
 INT8 = Rounding(torch.int8, 127.0)
+ROUNDINGS: Mapping[Form, Rounding] = {"e4m3fn": E4M3, "int8": INT8}
+
+
+NAN: tl.constexpr = tl.constexpr(float("nan"))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _e4m3fn_code(x, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """float32 → the byte of the nearest e4m3fn number, ties to even, by integers: one result on every device."""
-    size = tl.minimum(tl.abs(x), LARGEST)
-    bits = size.to(tl.int32, bitcast=True)
-    # Keep 3 of 23 bits after the point, rounding by carry, and set the exponent's bias to 7 from 127.
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
-    # Below 2⁻⁶ the code counts steps of 2⁻⁹; added to 2²³, a number is rounded to a whole one.
-    steps = (size * 512.0 + 8388608.0).to(tl.int32, bitcast=True) & 0xFF
-    code = tl.where(size < 0.015625, steps, normal)
-    return tl.where(x < 0, code | 0x80, code).to(tl.uint8)
+def code_of(x, INTEGER: tl.constexpr, NATIVE: tl.constexpr, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32 → the byte of the nearest number of 8 bits, ties to even, larger ones clamped; NaN stays NaN in e4m3fn.
+
+    NATIVE lets the processor convert, which has an instruction for two numbers from compute capability 8.9 on; by
+    integers it takes some twenty, with one result on every device.
+    """
+    if INTEGER:
+        # Added to 1.5 · 2²³ a number is rounded to a whole one.
+        code = ((tl.minimum(tl.maximum(x, -LARGEST), LARGEST) + 12582912.0) - 12582912.0).to(tl.int8)
+    elif NATIVE:
+        x = tl.clamp(x, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+        code = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        size = tl.minimum(tl.abs(x), LARGEST)
+        bits = size.to(tl.int32, bitcast=True)
+        # Keep 3 of 23 bits after the point, rounding by carry, and set the exponent's bias to 7 from 127.
+        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+        # Below 2⁻⁶ the code counts steps of 2⁻⁹; added to 2²³, a number is rounded to a whole one.
+        steps = (size * 512.0 + 8388608.0).to(tl.int32, bitcast=True) & 0xFF
+        code = tl.where(size < 0.015625, steps, normal)
+        code = tl.where(x < 0, code | 0x80, code)
+        code = tl.where(x != x, 0x7F, code).to(tl.uint8)
+    return code
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _int8_code(x, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """float32 → the nearest whole number, ties to even: so a number is rounded when added to 1.5 · 2²³."""
-    x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
-    return ((x + 12582912.0) - 12582912.0).to(tl.int8)
+def row_scale_of(amax, spoilt, INTEGER: tl.constexpr, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The scale of a row from its largest absolute value, and whether it holds NaN (1, else 0)."""
+    scale = amax / LARGEST
+    scale = tl.where(scale > 0, scale, 1.0)
+    if INTEGER:  # no code of its own for NaN
+        scale = tl.where(spoilt > 0, NAN, scale)
+    return scale
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def store_row(  # type: ignore[no-untyped-def]
+    y, inside, offsets, row, columns, out, scales, given,
+    FORM: tl.constexpr, GIVEN: tl.constexpr, EACH: tl.constexpr, NATIVE: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    """Hand on a whole row that is in registers, 0 outside: in FORM 0 as `out` keeps it, in 1 e4m3fn, in 2 INT8."""
+    if FORM == 0:
+        tl.store(out + row * columns + offsets, y.to(out.dtype.element_ty), mask=inside)
+    else:
+        if GIVEN:
+            scale = tl.load(given + row * EACH)
+        else:
+            spoilt = tl.max((y != y).to(tl.int32), axis=0)
+            scale = row_scale_of(tl.max(tl.abs(y), axis=0), spoilt, FORM == 2, LARGEST)
+            tl.store(scales + row, scale)
+        tl.store(out + row * columns + offsets, code_of(y / scale, FORM == 2, NATIVE, LARGEST), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -59,6 +99,7 @@ def _quantize_rows(  # type: ignore[no-untyped-def]
     GIVEN: tl.constexpr,
     EACH: tl.constexpr,
     INTEGER: tl.constexpr,
+    NATIVE: tl.constexpr,
     LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -68,19 +109,26 @@ def _quantize_rows(  # type: ignore[no-untyped-def]
         row_scale = tl.load(given + row * EACH)
     else:
         sizes = tl.zeros([BLOCK], tl.float32)
+        spoilt = tl.zeros([BLOCK], tl.int32)
         for start in range(0, columns, BLOCK):
             inside = start + offsets < columns
             part = tl.load(x + row * stride + start + offsets, mask=inside, other=0.0).to(tl.float32)
             sizes = tl.maximum(sizes, tl.abs(part))
-        row_scale = tl.max(sizes, axis=0) / LARGEST
-        row_scale = tl.where(row_scale > 0, row_scale, 1.0)
+            spoilt = tl.maximum(spoilt, (part != part).to(tl.int32))
+        row_scale = row_scale_of(tl.max(sizes, axis=0), tl.max(spoilt, axis=0), INTEGER, LARGEST)
     tl.store(scale + row, row_scale)
     # Without a scale given, the row is in the cache now.
     for start in range(0, columns, BLOCK):
         inside = start + offsets < columns
         part = tl.load(x + row * stride + start + offsets, mask=inside, other=0.0).to(tl.float32) / row_scale
-        code = _int8_code(part, LARGEST) if INTEGER else _e4m3fn_code(part, LARGEST)
+        code = code_of(part, INTEGER, NATIVE, LARGEST)
         tl.store(q + row * columns + start + offsets, code, mask=inside)
+
+
+@cache
+def native(device: torch.device) -> bool:
+    """Whether the device converts to e4m3fn by itself."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def quantize_rows(x: Tensor, scale: Tensor | None = None, fmt: Rounding = E4M3) -> Scaled:
@@ -94,6 +142,6 @@ def quantize_rows(x: Tensor, scale: Tensor | None = None, fmt: Rounding = E4M3) 
         _quantize_rows[(rows,)](
             x, codes, scales, scales if scale is None else scale, columns, x.stride(0),
             GIVEN=scale is not None, EACH=int(scale is not None and scale.ndim > 0), INTEGER=fmt is INT8,
-            LARGEST=fmt.max, BLOCK=BLOCK,
+            NATIVE=native(x.device), LARGEST=fmt.max, BLOCK=BLOCK,
         )  # fmt: skip
     return Scaled(q, scales)
