@@ -9,16 +9,18 @@ belong to is said from outside, for a layer sees numbers, not noise levels:
 Unsaid, the largest of its scales holds, which clips nothing that any part of the schedule brings.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from octavo.fp8.linear import Fp8Linear
 
 _STEPPED: WeakKeyDictionary[nn.Module, tuple[Fp8Linear, ...]] = WeakKeyDictionary()
+_SAID: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], ...]] = WeakKeyDictionary()
 
 
 def step_group(sigma: float, step_sigmas: Sequence[float]) -> int:
@@ -35,15 +37,37 @@ def at_sigmas(model: nn.Module, sigmas: Sequence[float]) -> Iterator[None]:
         sigmas: B levels.
     """
     layers = _stepped(model)
+    parts = dict[tuple[float, ...], tuple[int, ...]]()  # by levels, which most layers have in common
     for layer in layers:
-        groups = [step_group(sigma, layer.spec.step_sigmas) for sigma in sigmas]
         assert layer.input_scale is not None, "a layer with steps has a scale for each of them"
-        layer.groups = groups[0] if len(set(groups)) == 1 else torch.tensor(groups, device=layer.input_scale.device)
+        levels = layer.spec.step_sigmas
+        if levels not in parts:
+            parts[levels] = tuple(step_group(sigma, levels) for sigma in sigmas)
+        groups = parts[levels]
+        layer.groups = groups[0] if len(set(groups)) == 1 else _index(groups, layer.input_scale.device)
+    if layers:
+        _SAID[model] = tuple(parts.values())
     try:
         yield
     finally:
+        _SAID.pop(model, None)
         for layer in layers:
             layer.groups = None
+
+
+def groups_of(model: nn.Module) -> tuple[Hashable, tuple[Tensor, ...]]:
+    """What `at_sigmas` says now: a value that is equal where it says the same, and the tensors that it says it by."""
+    said = _SAID.get(model)
+    if said is None:
+        return None, ()
+    return said, tuple(layer.groups for layer in _stepped(model) if isinstance(layer.groups, Tensor))
+
+
+@lru_cache(maxsize=64)
+def _index(groups: tuple[int, ...], device: torch.device) -> Tensor:
+    """The parts of the schedule of a call's rows where they differ; kept, for bringing it to a GPU stops a step."""
+    with torch.inference_mode(False):
+        return torch.tensor(groups, device=device)
 
 
 def forget(model: nn.Module) -> None:

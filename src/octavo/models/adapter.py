@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -168,6 +169,11 @@ class Adapter:
             ready = self._ready[key] = _Ready(deltas, scale)
         return ready
 
+    @property
+    def ready(self) -> "tuple[_Ready, ...]":
+        """What was put on devices; empty once it was released."""
+        return tuple(self._ready.values())
+
     def release(self) -> None:
         """Forget what was put on devices."""
         self._ready.clear()
@@ -216,15 +222,27 @@ def adapted(model: nn.Module, adapters: Sequence[tuple[Adapter, float]]) -> Iter
         if strength:
             for name in adapter.layers:
                 by_layer.setdefault(name, []).append((adapter, strength))
-    handles = []
+    handles, before = [], acting(model)
     try:
         for name, several in by_layer.items():
             module = model.get_submodule(name)
             handles.append(module.register_forward_hook(_hook(name, several)))
+        if adapters:
+            _ACTING[model] = (*before, *adapters)
         yield
     finally:
         for handle in handles:
             handle.remove()
+        if adapters:
+            _ACTING[model] = before
+
+
+def acting(model: nn.Module) -> Applied:
+    """The adapters that `adapted` lets act on `model` now, with their strengths."""
+    return _ACTING.get(model, ())
+
+
+_ACTING: WeakKeyDictionary[nn.Module, Applied] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +270,8 @@ def _hook(
             result = torch.add(result, change, alpha=strength)
         return result
 
+    # All that it does is arithmetic on the device, which a recording of the layer's work can hold.
+    add.capturable = True  # type: ignore[attr-defined]
     return add
 
 
