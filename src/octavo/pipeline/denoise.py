@@ -2,7 +2,7 @@
 
 A `Track` is what one request needs at every step: its prompts, its guidance and its tables of modulation, made for the
 whole run before its first step. `denoise` answers the questions of any number of tracks at once; rows that can share a
-model call (same latent size, same number of text tokens, same blocks, LoRAs and ControlNets) do. A single picture is
+model call (same latent size, same blocks, LoRAs and ControlNets; texts may be of unlike lengths) do. A single picture is
 the case of one track. `finite` does the same for numbers that must not be NaN.
 """
 
@@ -15,11 +15,13 @@ from torch import Tensor
 from octavo.fp8 import at_sigmas
 from octavo.models import ControlNet, MMDiT, Modulation
 from octavo.models.adapter import Applied, adapted
+from octavo.models.packed import Packed, pack
 from octavo.pipeline.conditions import Arranged, Condition, Placed, arrange, mix
 from octavo.pipeline.control import Control, pull, steer
 from octavo.pipeline.control import Placed as PlacedControl
 from octavo.pipeline.encode import Conditioning
 from octavo.pipeline.tables import Tables, make_table
+from octavo.placement.graphs import through
 from octavo.sampling import Guidance, Guided, Predictions
 from octavo.sampling.flow import denoised_from_velocity
 from octavo.sampling.guidance import Pass
@@ -162,7 +164,8 @@ def denoise(mmdit: MMDiT, questions: Sequence[Question], *, most_rows: int | Non
 
     # By question and pass, what each condition predicts for its part of the latents.
     parts: list[dict[Pass, list[tuple[Placed, Tensor]]]] = [{which: [] for which in q.passes} for q in questions]
-    for rows in groups.values():
+    for alike in groups.values():
+        rows = sorted(alike, key=lambda row: row.length)  # as `pack` likes them; those of one length keep their order
         for row, velocity in zip(rows, _evaluate(mmdit, rows, most_rows), strict=True):
             estimate = denoised_from_velocity(row.x, velocity, row.question.sigma)
             parts[row.index][row.which].append((row.placed, estimate))
@@ -187,11 +190,10 @@ class _Row:
 
     @property
     def shape(self) -> tuple[object, ...]:
-        """Rows of equal shape can share a call."""
-        context = self.placed.conditioning.context
+        """Rows of equal shape can share a call, whatever the lengths of their texts."""
         track = self.question.track
         nets = tuple(each.control.net for each in self.controls)
-        return (tuple(self.x.shape[1:]), context.shape[1], track.skip_layers(self.which), track.adapters, nets)
+        return (tuple(self.x.shape[1:]), track.skip_layers(self.which), track.adapters, nets)
 
     @property
     def controls(self) -> tuple[PlacedControl, ...]:
@@ -199,11 +201,16 @@ class _Row:
         return tuple(each for each in self.placed.control if each.active(self.question.sigma))
 
     @property
+    def length(self) -> int:
+        """Tokens of its text."""
+        return self.placed.conditioning.context.shape[1]
+
+    @property
     def tokens(self) -> int:
         height, width = self.x.shape[-2:]
         image = -(-height // PATCH) * -(-width // PATCH)
         # A released ControlNet has half as many blocks as the model, of image tokens alone.
-        return self.placed.conditioning.context.shape[1] + image + len(self.controls) * image // 2
+        return self.length + image + len(self.controls) * image // 2
 
     def table(self, model: MMDiT | ControlNet, *key: object) -> Modulation:
         """The model's table for its prompt and level, one row; made where the level was not known before the run."""
@@ -228,10 +235,10 @@ def _evaluate(mmdit: MMDiT, rows: Sequence[_Row], most: int | None) -> list[Tens
     for row in rows:
         context = row.placed.conditioning.context
         latents.append(row.x.to(context.dtype))
-        contexts.append(context.expand(len(row.x), -1, -1))
+        contexts.extend([context] * len(row.x))
         modulations.extend([row.table(mmdit)] * len(row.x))
         sigmas.extend([row.question.sigma] * len(row.x))
-    x, context = torch.cat(latents), torch.cat(contexts)
+    x = torch.cat(latents)
     skip, adapters = rows[0].question.track.skip_layers(rows[0].which), rows[0].question.track.adapters
     pulls = []
     for same in zip(*(row.controls for row in rows), strict=True):
@@ -241,9 +248,11 @@ def _evaluate(mmdit: MMDiT, rows: Sequence[_Row], most: int | None) -> list[Tens
     velocities = []
     for first in range(0, len(x), most or len(x)):
         part = slice(first, first + (most or len(x)))
-        with at_sigmas(mmdit, sigmas[part]), adapted(mmdit, adapters):
-            control = steer(mmdit, pulls, part, x[part], context[part], sigmas[part])
+        text = pack(contexts[part])
+        tokens = text.rows if isinstance(text, Packed) else None
+        with at_sigmas(mmdit, sigmas[part], tokens=tokens), adapted(mmdit, adapters):
+            control = steer(mmdit, pulls, part, x[part], text, sigmas[part])
             table = Modulation.stack(modulations[part])
-            velocities.append(mmdit(x[part], context[part], table, skip_layers=skip, control=control))
+            velocities.append(mmdit(x[part], text, table, skip_layers=skip, control=control))
     parts = torch.cat(velocities).split_with_sizes([len(row.x) for row in rows])
     return [part.to(row.x.dtype) for row, part in zip(rows, parts, strict=True)]
