@@ -235,7 +235,7 @@ def _evaluate(mmdit: MMDiT, rows: Sequence[_Row], most: int | None) -> list[Tens
     for row in rows:
         context = row.placed.conditioning.context
         latents.append(row.x.to(context.dtype))
-        contexts.extend([context] * len(row.x))
+        contexts.extend(context.expand(len(row.x), -1, -1).split(1))
         modulations.extend([row.table(mmdit)] * len(row.x))
         sigmas.extend([row.question.sigma] * len(row.x))
     x = torch.cat(latents)
@@ -253,6 +253,6 @@ def _evaluate(mmdit: MMDiT, rows: Sequence[_Row], most: int | None) -> list[Tens
         with at_sigmas(mmdit, sigmas[part], tokens=tokens), adapted(mmdit, adapters):
             control = steer(mmdit, pulls, part, x[part], text, sigmas[part])
             table = Modulation.stack(modulations[part])
-            velocities.append(mmdit(x[part], text, table, skip_layers=skip, control=control))
+            velocities.append(through(mmdit)(x[part], text, table, skip_layers=skip, control=control))
     parts = torch.cat(velocities).split_with_sizes([len(row.x) for row in rows])
     return [part.to(row.x.dtype) for row, part in zip(rows, parts, strict=True)]

@@ -19,7 +19,8 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, ParamSpec, Protocol, TypeVar
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +33,6 @@ from octavo.models.adapter import Adapter, acting
 from octavo.placement.arguments import Spec, rebuild, tensors_in
 
 logger = logging.getLogger(__name__)
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,22 +95,15 @@ def captured_by(model: nn.Module) -> "Captured | None":
     return found if isinstance(found, Captured) else None
 
 
-def through(model: nn.Module, function: Callable[P, R] | None = None) -> Callable[P, R]:
+def through(model: nn.Module, function: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """What to call instead of `model`, or of one of its bound methods.
 
     Its arguments may be tensors, what is made of tensors (`Modulation`, `Packed`), and plain values, which become part
     of the bucket: numbers that change at each step have to be tensors. Its results are the caller's to keep.
     """
     captured = captured_by(model)
-    plain: Callable[P, R] = model if function is None else function
-    if captured is None:
-        return plain
-
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        result: R = captured(model, plain, *args, **kwargs)
-        return result
-
-    return call
+    plain = model if function is None else function
+    return plain if captured is None else partial(captured, model, plain)
 
 
 @dataclass(slots=True, eq=False)
