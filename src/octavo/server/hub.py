@@ -5,6 +5,7 @@ follow its job; a follower that does not keep up loses previews and progress fir
 """
 
 import asyncio
+import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -12,6 +13,8 @@ from contextlib import contextmanager
 from weakref import WeakSet
 
 from octavo.engine.events import LAST, Event
+
+logger = logging.getLogger(__name__)
 
 PASSING = frozenset({"progress", "preview", "stage"})  # types of events that the next one makes stale
 LONGEST = 256  # events kept for one follower
@@ -69,10 +72,13 @@ class Hub:
         self._of: dict[str, WeakSet[Follower]] = {}
         self._of_all: WeakSet[Follower] = WeakSet()
         self._handlers: list[Callable[[Event], None]] = []
+        self._arrived: deque[Event] = deque()
+        self._called = False  # whether the loop will come for them
 
     def open(self) -> None:
         """Events from now on go to the running loop."""
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._called = asyncio.get_running_loop(), False
+        self._arrived.clear()
 
     def close(self) -> None:
         """Later events go nowhere."""
@@ -83,8 +89,15 @@ class Hub:
         loop = self._loop
         if loop is None:
             return
+        self._arrived.append(event)
+        with self._turn:
+            # Once for all that come before it is awake: with sixteen runs on their way, waking it for every event took
+            # the device's thread more time than its own work in between.
+            if self._called:
+                return
+            self._called = True
         try:
-            loop.call_soon_threadsafe(self._hand_on, event)
+            loop.call_soon_threadsafe(self._fetch)
         except RuntimeError:
             # The loop has been closed since we looked: the server is leaving, and nobody listens.
             return
@@ -122,6 +135,15 @@ class Hub:
         """Call `handler` in the loop with every event; returns how to stop it."""
         self._handlers.append(handler)
         return lambda: self._handlers.remove(handler)
+
+    def _fetch(self) -> None:
+        with self._turn:
+            self._called = False  # before the first is taken: one that comes from now on calls again
+        while self._arrived:
+            try:
+                self._hand_on(self._arrived.popleft())
+            except Exception:  # of one event; the others are not its
+                logger.exception("An event could not be handed on.")
 
     def _hand_on(self, event: Event) -> None:
         for follower in (*self._of.get(event.job, ()), *self._of_all):

@@ -92,6 +92,7 @@ def configured(app: ASGIApp, settings: Settings) -> uvicorn.Config:
         http=Door,
         ws=Socket,
         ws_max_size=LARGEST_MESSAGE,
+        ws_per_message_deflate=False,  # messages are short, or pictures: packing them costs the steps a core's time
         h11_max_incomplete_event_size=LARGEST_HEADER,
         limit_concurrency=MOST_CONNECTIONS,
         timeout_keep_alive=30,

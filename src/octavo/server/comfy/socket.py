@@ -276,8 +276,8 @@ async def _send(websocket: WebSocket, reader: Reader) -> None:
     while True:
         message = await reader.outbox.next()
         try:
-            sending = websocket.send_text(message) if isinstance(message, str) else websocket.send_bytes(message)
-            await asyncio.wait_for(sending, SEND_PATIENCE)
+            async with asyncio.timeout(SEND_PATIENCE):
+                await (websocket.send_text(message) if isinstance(message, str) else websocket.send_bytes(message))
         except (WebSocketDisconnect, RuntimeError):
             return  # it has left
         except TimeoutError:
