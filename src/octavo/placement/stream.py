@@ -1,0 +1,377 @@
+"""Models larger than the device's memory: their blocks' weights live at home in host memory and pass through it.
+
+    placed = place(mmdit, stay, mover)     # a finished model, whose weights may be anywhere
+    velocity = mmdit(x, context, table)    # as ever: the same bits
+
+Of the blocks that stream, one computes from its slot, a buffer on the device, while the next one is copied into
+another: after the last block comes the first of the next step. Hooks point a block's tensors at the slot for the time
+of its forward, and home again afterwards. The order in which blocks are called is only what is expected: one that comes
+out of turn, after blocks that were skipped or a step that was broken off, is fetched when it comes.
+
+adaLN is called once a run, before the first step, and for all blocks in a row: where it streams, its slots exist only
+meanwhile. Token tables of encoders stay in host memory, and the rows that a prompt asks for are moved.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from threading import Lock, get_ident
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from octavo.fp8 import Fp8Linear
+from octavo.placement.home import Layout, Pointing, Unit, point
+from octavo.placement.movers import Mark, Mover
+from octavo.placement.sizes import human
+from octavo.placement.units import units_of
+
+if TYPE_CHECKING:
+    from octavo.placement.plan import Stay
+
+
+class _Held:
+    """A unit and its bytes: at home, on the device, or, while that is being changed, both."""
+
+    def __init__(self, unit: Unit, mover: Mover) -> None:
+        self.unit, self._mover = unit, mover
+        self.layout = Layout(unit)
+        self.home: Tensor | None = None
+        self._own: Tensor | None = None  # on the device, while it is resident
+        self.at_home: Pointing = ()
+
+    @property
+    def nbytes(self) -> int:
+        return self.layout.nbytes
+
+    def go_home(self) -> None:
+        """Into host memory, and nowhere else."""
+        if self.home is None:
+            home = self._mover.host(self.nbytes)
+            self.layout.gather(home)
+            self.home, self.at_home = home, self.layout.pointing(home)
+        point(self.at_home)
+        self._own = None
+
+    def settle(self, *, keep_home: bool) -> None:
+        """Onto the device, until further notice."""
+        if self._own is None:
+            own = self._mover.buffer(self.nbytes)
+            if self.home is None:
+                self.layout.gather(own)
+            else:
+                self._mover.wait(self._mover.copy(self.home, own, self._mover.mark()))
+            point(self.layout.pointing(own))
+            self._own = own
+        if self.home is not None and not keep_home:
+            self._mover.finish()  # the copy reads it
+            self.home, self.at_home = None, ()
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    """A buffer on the device that units take turns in."""
+
+    buffer: Tensor
+    free: Mark  # when what was computed from it has read it
+    unit: int | None = None  # whose bytes are in it or on their way
+    arrived: Mark = None
+
+
+class Streamed:
+    """Units of a finished model, some resident, the others passing through slots. May be called from any thread.
+
+    Attributes:
+        stay: how many are resident, how many slots there are.
+        streamed: indexes of the units that pass.
+    """
+
+    def __init__(
+        self, model: nn.Module, units: Sequence[Unit], stay: "Stay", mover: Mover, *, once: bool = False
+    ) -> None:
+        """Take over the units' weights, wherever they are now.
+
+        Args:
+            model: whose units they are.
+            units: in the order in which they are called.
+            stay: of as many layers as there are units.
+            mover: knows the device.
+            once: they are called in a row now and then, rather than again and again: slots exist only meanwhile.
+        """
+        self._model, self._mover, self._once = model, mover, once
+        with _plain_tensors():
+            self._held = [_Held(unit, mover) for unit in units]
+        self._hooks: list[Any] = []
+        self._slots: list[_Slot] = []
+        self._views: dict[tuple[int, int], Pointing] = {}  # by slot and unit
+        self._lock, self._holder, self._inside = Lock(), -1, -1
+        self.move(stay)
+
+    def move(self, stay: "Stay") -> None:
+        """Let more or fewer units be resident from now on; not while the model is used."""
+        assert stay.layers == len(self._held), f"{stay.layers} layers in the plan, {len(self._held)} in the model"
+        for hook in self._hooks:
+            hook.remove()
+        self.rest()
+        self.stay, resident = stay, set(stay.resident_units)
+        self.streamed = [i for i in range(len(self._held)) if i not in resident]
+        with _plain_tensors():
+            for i in self.streamed:  # first, for they make room
+                self._held[i].go_home()
+            for i in resident:
+                self._held[i].settle(keep_home=stay.leaves)
+        self._next = dict(pairwise([*self.streamed, *self.streamed[:1]]))
+        self._hooks = [
+            hook
+            for i in self.streamed
+            for module in self._held[i].unit.modules
+            for hook in (
+                module.register_forward_pre_hook(self._entering(i)),
+                module.register_forward_hook(self._left(i), always_call=True),
+            )
+        ]
+
+    def rest(self) -> None:
+        """Give the slots' memory back until the next call."""
+        for slot in self._slots:
+            if slot.arrived is not None:
+                # The memory may be computed with at once: not before the last copy into it.
+                self._mover.wait(slot.arrived)
+        self._slots, self._views = [], {}
+
+    def leave(self) -> None:
+        """Take everything off the device, until `arrive`."""
+        self.rest()
+        with _plain_tensors():
+            for i in self.stay.resident_units:
+                self._held[i].go_home()
+
+    def arrive(self) -> None:
+        """Bring back what is resident."""
+        with _plain_tensors():
+            for i in self.stay.resident_units:
+                self._held[i].settle(keep_home=True)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of one slot: the largest of the units that pass."""
+        return max((self._held[i].nbytes for i in self.streamed), default=0)
+
+    @property
+    def device_bytes(self) -> int:
+        """What the units take on the device while they are used."""
+        slots = min(self.stay.slots, len(self.streamed)) * self.slot_bytes
+        return slots + sum(self._held[i].nbytes for i in self.stay.resident_units)
+
+    @property
+    def host_bytes(self) -> int:
+        """What they take in host memory."""
+        return sum(self._held[i].nbytes for i in self.streamed)
+
+    # While a unit computes
+
+    def _entering(self, i: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _module, _inputs: self._enter(i)
+
+    def _left(self, i: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        return lambda _module, _inputs, _output: self._leave(i)
+
+    def _enter(self, i: int) -> None:
+        if self._holder == get_ident():  # a forward was broken off by something that no hook hears of
+            self._leave(self._inside)
+        self._lock.acquire()  # until the unit is left: another thread could take its slot away
+        self._holder, self._inside = get_ident(), i
+        try:
+            with _plain_tensors():
+                if not self._slots:
+                    self._open()
+                slot = self._slot_of(i)
+                if slot is None:
+                    slot = self._fetch(i, ())
+                self._mover.wait(slot.arrived)
+                self._point(i, slot)
+                self._prefetch(i)
+        except BaseException:
+            self._inside = -1
+            self._let_go()
+            raise
+
+    def _leave(self, i: int) -> None:
+        if self._holder != get_ident() or self._inside != i:  # it never came in
+            return
+        try:
+            point(self._held[i].at_home)
+            slot = self._slot_of(i)
+            if slot is not None:
+                slot.free = self._mover.mark()
+            self._inside = -1
+            if self._once and i == self.streamed[-1]:
+                self.rest()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self._holder = -1
+        self._lock.release()
+
+    def _open(self) -> None:
+        count = min(self.stay.slots, len(self.streamed))
+        buffers = [self._mover.buffer(self.slot_bytes) for _ in range(count)]
+        self._slots = [_Slot(buffer, self._mover.mark()) for buffer in buffers]
+
+    def _slot_of(self, i: int) -> _Slot | None:
+        return next((slot for slot in self._slots if slot.unit == i), None)
+
+    def _fetch(self, i: int, wanted: Sequence[int]) -> _Slot:
+        """Copy a unit into the slot whose unit is needed last, of those that hold none of the `wanted`."""
+        home = self._held[i].home
+        assert home is not None, "a unit that streams has a home"
+        slot = max((slot for slot in self._slots if slot.unit not in wanted), key=lambda slot: self._distance(i, slot))
+        slot.unit = None  # should the copy fail
+        slot.arrived = self._mover.copy(home, slot.buffer, slot.free)
+        slot.unit = i
+        return slot
+
+    def _distance(self, i: int, slot: _Slot) -> int:
+        """How many units come before that of the slot is called again, when `i` is called now."""
+        count = len(self._held)
+        return count if slot.unit is None else (slot.unit - i) % count
+
+    def _prefetch(self, i: int) -> None:
+        """Let the units that come next into the other slots."""
+        wanted = [i]
+        for _ in self._slots[1:]:
+            following = self._next[wanted[-1]]
+            if following in wanted or (self._once and following < wanted[-1]):
+                return
+            if self._slot_of(following) is None:
+                self._fetch(following, wanted)
+            wanted.append(following)
+
+    def _point(self, i: int, slot: _Slot) -> None:
+        key = (self._slots.index(slot), i)
+        if key not in self._views:
+            self._views[key] = self._held[i].layout.pointing(slot.buffer)
+        point(self._views[key])
+
+
+class Placed:
+    """Where a model's weights live; made by `place`.
+
+    Attributes:
+        stay: of its blocks.
+        modulation_streamed: whether adaLN passes through the device once a run.
+    """
+
+    def __init__(self, model: nn.Module, stay: "Stay", mover: Mover, *, modulation_streamed: bool = False) -> None:
+        units = units_of(model)
+        self.stay, self.modulation_streamed = stay, modulation_streamed
+        self._mover, self._units = mover, units
+        outside = [module for unit in (*units.blocks, *units.modulation) for module in unit.modules]
+        self._blocks = Streamed(model, units.blocks, stay, mover)
+        self._modulation = Streamed(model, units.modulation, self._of_modulation(), mover, once=True)
+        with _plain_tensors():
+            self._rest = _Held(Unit("rest", (model,), (*outside, *units.tables)), mover)
+            self._rest.settle(keep_home=stay.leaves)
+            for layer in model.modules():
+                if isinstance(layer, Fp8Linear) and layer.input_scale is not None:
+                    layer.input_scale = layer.input_scale.to(mover.device)
+        for table in units.tables:
+            _look_up_at_home(table, mover.device)
+        self._away = False
+        _PLACED[model] = self
+
+    def move(self, stay: "Stay", *, modulation_streamed: bool = False) -> None:
+        """Place it anew; not while the model is used."""
+        self.arrive()
+        self.stay, self.modulation_streamed = stay, modulation_streamed
+        both = [(self._blocks, stay), (self._modulation, self._of_modulation())]
+        for streamed, its in sorted(both, key=lambda each: each[1].resident):
+            streamed.move(its)
+
+    def leave(self) -> None:
+        """Take all weights off the device; `arrive` before the next use."""
+        self._blocks.leave()
+        self._modulation.leave()
+        with _plain_tensors():
+            self._rest.go_home()
+        self._away = True
+
+    def arrive(self) -> None:
+        """Bring back what `leave` has taken away; free where there is nothing to bring."""
+        if self._away:
+            self._blocks.arrive()
+            self._modulation.arrive()
+            with _plain_tensors():
+                self._rest.settle(keep_home=True)
+            self._away = False
+
+    @property
+    def streamed(self) -> bool:
+        """Whether tensors change their addresses while the model is used."""
+        return bool(self._blocks.streamed)
+
+    @property
+    def device_bytes(self) -> int:
+        """What its weights take on the device at most, adaLN aside where that passes."""
+        return (
+            self._blocks.device_bytes
+            + self._rest.nbytes
+            + (0 if self.modulation_streamed else self._modulation.device_bytes)
+        )
+
+    @property
+    def host_bytes(self) -> int:
+        """What they take in host memory."""
+        tables = sum(table.weight.nbytes for table in self._units.tables)
+        return self._blocks.host_bytes + self._modulation.host_bytes + tables
+
+    def __str__(self) -> str:
+        stay = self.stay
+        said = f"all of {stay.layers} blocks resident"
+        if stay.resident < stay.layers:
+            through = f"{stay.slots} buffers of {human(self._blocks.slot_bytes)}"
+            passing = stay.layers - stay.resident
+            said = f"{stay.resident} of {stay.layers} blocks resident, {passing} pass through {through}"
+        once = "; adaLN passes once a run" if self.modulation_streamed and self._units.modulation else ""
+        return f"{said}{once}; {human(self.device_bytes)} on the device, {human(self.host_bytes)} in host memory"
+
+    def _of_modulation(self) -> "Stay":
+        from octavo.placement.plan import Stay
+
+        count = len(self._units.modulation)
+        return Stay(resident=0 if self.modulation_streamed else count, layers=count)
+
+
+def place(model: nn.Module, stay: "Stay", mover: Mover, *, modulation_streamed: bool = False) -> Placed:
+    """Let a finished model's weights live where a plan says; what it computes stays the same, bit for bit.
+
+    Args:
+        model: loaded and prepared; its weights may be in host memory or on the device.
+        stay: of its blocks or layers.
+        mover: knows the device.
+        modulation_streamed: let adaLN pass through the device once a run.
+    """
+    return Placed(model, stay, mover, modulation_streamed=modulation_streamed)
+
+
+def placed_on(model: nn.Module) -> Placed | None:
+    """What `place` made of the model; None for one that was not placed."""
+    return _PLACED.get(model)
+
+
+_PLACED: WeakKeyDictionary[nn.Module, Placed] = WeakKeyDictionary()
+
+
+def _look_up_at_home(table: nn.Embedding, device: torch.device) -> None:
+    """Let a table of tokens stay in host memory: the tokens go there, their rows come back."""
+    table.weight = nn.Parameter(table.weight.detach().cpu(), requires_grad=False)
+    table.register_forward_pre_hook(lambda table, inputs: (inputs[0].to(table.weight.device),))
+    table.register_forward_hook(lambda _table, _inputs, rows: rows.to(device))
+
+
+def _plain_tensors() -> Any:
+    """Buffers outlive the inference mode that they may be made in, and are written to outside of it, too."""
+    return torch.inference_mode(False)
