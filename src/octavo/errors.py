@@ -14,6 +14,7 @@ The tree::
     │   └── UnsupportedFormatError  a number format that we do not read (nvfp4, mxfp8, pickle)
     ├── DownloadError               the hub could not be reached, refused, or the disk is full
     ├── NumericsError               NaN or infinity where a picture should have been; names the layer
+    ├── PlacementError              no way to place a model meets the bytes that may be used; says the least that do
     ├── OutOfMemoryError            the device's memory does not suffice, whatever was given up for it
     ├── GateError                   a quantized model draws too far from the original to be kept
     ├── QueueError                  the queue of requests cannot be used
@@ -77,6 +78,18 @@ class DownloadError(OctavoError):
 
 class NumericsError(OctavoError):
     """NaN or infinity appeared in the computation."""
+
+
+class PlacementError(OctavoError):
+    """No way to place a model's weights meets the bytes that may be used.
+
+    Attributes:
+        least: bytes that would do.
+    """
+
+    def __init__(self, text: str, *, least: int) -> None:
+        super().__init__(text)
+        self.least = least
 
 
 class OutOfMemoryError(OctavoError):
