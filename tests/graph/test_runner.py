@@ -130,6 +130,19 @@ def test_nobody_is_sent_previews_unasked(workshop, payload):
     assert task.types.count("progress") == 4
 
 
+def test_previews_that_nobody_would_see_are_not_made(workshop):
+    task, asked = _task(), []
+
+    def watched(job):
+        asked.append(job)
+        return False
+
+    graph_runner(workshop, preview_interval=0, preview_share=1, watched=watched)(task)
+
+    assert "preview" not in task.types
+    assert set(asked) == {task.job.id}
+
+
 def test_previews_come_no_faster_than_they_can_be_seen(workshop):
     task = _task()
 

@@ -168,15 +168,19 @@ class Task(Protocol):
 
 
 def graph_runner(
-    workshop: Workshop, *, preview_interval: float = PREVIEW_INTERVAL, preview_share: float = SHARE
+    workshop: Workshop,
+    *,
+    preview_interval: float = PREVIEW_INTERVAL,
+    preview_share: float = SHARE,
+    watched: Callable[[str], bool] = lambda _job: True,
 ) -> Callable[[Task], Record]:
     """The runner of jobs of the kind "graph".
 
     A job's payload is {"prompt": the workflow in the API format, "extra_data": {…}, "client_id": str or None,
     "targets": ids of output nodes or None}. It emits ComfyUI's messages as "comfy" {"type", "data"}, previews as
     "preview" with a picture, in the order recorded from ComfyUI, and "stage" and "progress" as all runners do. Previews
-    are made for those who gave a client id and did not set the `preview_method` "none"; those of all jobs together take
-    no more than `preview_share` of the time.
+    are made for those who gave a client id and did not set the `preview_method` "none", while `watched` says of the
+    job's id that somebody would see them; those of all jobs together take no more than `preview_share` of the time.
     """
     pace = Pace(preview_share)
 
@@ -191,7 +195,7 @@ def graph_runner(
         return run_prompt(
             workshop,
             workflow,
-            _Teller(task, workflow, preview_interval if wanted else None, pace),
+            _Teller(task, workflow, preview_interval if wanted else None, pace, watched),
             prompt_id=task.job.id,
             extra_pnginfo=pnginfo if isinstance(pnginfo, Mapping) else {},
             check=task.check,
@@ -204,8 +208,15 @@ def graph_runner(
 class _Teller:
     """Passes messages on to those who follow a job."""
 
-    def __init__(self, task: Task, workflow: Workflow, preview_interval: float | None, pace: Pace) -> None:
-        self._task, self._workflow, self._pace = task, workflow, pace
+    def __init__(
+        self,
+        task: Task,
+        workflow: Workflow,
+        preview_interval: float | None,
+        pace: Pace,
+        watched: Callable[[str], bool],
+    ) -> None:
+        self._task, self._workflow, self._pace, self._watched = task, workflow, pace, watched
         self._interval, self._last = preview_interval, float("-inf")
 
     def __call__(self, type: str, data: dict[str, Any]) -> None:
@@ -223,7 +234,9 @@ class _Teller:
         now = time.monotonic()
         # A picture that is the result itself comes as PNG, and is nobody's to leave out.
         final = getattr(image, "format", None) == "PNG"
-        if not final and (self._interval is None or now - self._last < self._interval):
+        if not final and (
+            self._interval is None or now - self._last < self._interval or not self._watched(self._task.job.id)
+        ):
             return
         picture: Image | None = self._pace(image) if callable(image) else image
         if picture is None:

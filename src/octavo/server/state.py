@@ -70,6 +70,7 @@ class State:
         keys: who may come in.
         stage: what the server is doing on its way to being ready, for people.
         problem: why it never will be, or None.
+        viewers: each says, in any thread, whether its clients see previews of a job.
         glanced: when A1111's progress was last asked for, by `time.monotonic`.
         leaving: set when the server begins to stop.
         a1111: options that A1111's clients have set, by caller.
@@ -97,6 +98,7 @@ class State:
         self.service.subscribe(self.events.publish)
         self.a1111: dict[str, dict[str, Any]] = {}
         self.links = Links()
+        self.viewers: list[Callable[[str], bool]] = []
         self.glanced = float("-inf")
         self.stage = "starting"
         self.problem: OctavoError | None = None
@@ -138,7 +140,11 @@ class State:
 
     def watched(self, job: str) -> bool:
         """Whether previews of a job are worth making; any thread may ask."""
-        return self.events.watched(job) or time.monotonic() - self.glanced < GLANCE
+        return (
+            self.events.watched(job)
+            or time.monotonic() - self.glanced < GLANCE
+            or any(views(job) for views in self.viewers)
+        )
 
     async def until_started(self) -> Works:
         """Wait until requests can be checked and accepted.

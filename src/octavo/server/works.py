@@ -46,7 +46,7 @@ def load(state: State) -> Works:
         batcher=batcher,
         nodes=NODES,
         workshop=workshop,
-        runners={"generate": draw, "graph": graph_runner(workshop)},
+        runners={"generate": draw, "graph": graph_runner(workshop, watched=state.watched)},
         warm_up=warm_up,
         close=batcher.close,
     )

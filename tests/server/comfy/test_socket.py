@@ -182,10 +182,13 @@ def test_plain_programs_get_previews_if_they_asked_only(graphs: TestClient) -> N
     of = {"node_id": "3", "prompt_id": "p", "image_type": "image/jpeg"}
     progress = {"type": "progress", "data": {"value": 1, "max": 2, "prompt_id": "p", "node": "3"}}
 
+    seen: list[bool] = []
+
     def pictures(flags: bool, extra_data: Message, **more: Any) -> int:
         reader = clients.join("me")
         reader.knows_metadata = flags
         clients.expect("p", "me", extra_data)
+        seen.append(clients.see("p"))
         clients.hear(Event("p", "preview", {**of, **more}, b"\xff\xd8"))
         clients.hear(Event("p", "comfy", progress))
         clients.leave(reader)
@@ -197,6 +200,8 @@ def test_plain_programs_get_previews_if_they_asked_only(graphs: TestClient) -> N
     assert pictures(False, {"preview_method": "none"}) == 0
     assert pictures(False, {"preview_method": "latent2rgb"}) == 1
     assert pictures(False, {}, image_type="image/png") == 1, "a node that saves to the websocket"
+    assert seen == [True, False, False, True, False], "and none are made that nobody gets"
+    assert not clients.see("p"), "it is over"
 
 
 def test_who_comes_back_is_told_where_things_stand(graphs: TestClient) -> None:

@@ -36,6 +36,7 @@ def install(app: FastAPI) -> None:
     for job in state.queue.jobs(("queued", "running"), kind=KIND, newest_first=False):
         clients.expect(job.id, job.payload.get("client_id"), job.payload.get("extra_data", {}))
     state.events.listen(clients.hear)
+    state.viewers.append(clients.see)
     app.state.comfy = Comfy(clients, UserFiles(state.settings.user_dir / USER))
     logs.RING.attach()
     for prefix in PREFIXES:

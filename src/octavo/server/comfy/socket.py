@@ -104,7 +104,7 @@ class Prompt:
 
 
 class Clients:
-    """Everybody who listens, and every prompt that is not over. All methods belong to the event loop.
+    """Everybody who listens, and every prompt that is not over. All methods but `see` belong to the event loop.
 
     Args:
         features: what the server says of itself in `feature_flags`.
@@ -132,6 +132,17 @@ class Clients:
     def expect(self, id: str, client: str | None, extra_data: Mapping[str, Any]) -> None:
         """A prompt is about to enter the queue, or was in it when the server started."""
         self._prompts[id] = Prompt(client, extra_data.get("preview_method") in ASK_FOR_PREVIEWS)
+
+    def see(self, id: str) -> bool:
+        """Whether previews of this prompt would be sent to anybody; any thread may ask."""
+        prompt = self._prompts.get(id)
+        if prompt is None:
+            return False
+        asked = prompt.wants_previews or self.previews == "all"
+        # A copy made in one piece: the loop changes the set meanwhile.
+        return any(
+            reader.client == prompt.client and (asked or reader.knows_metadata) for reader in tuple(self._readers)
+        )
 
     def forget(self, id: str) -> None:
         """It did not enter the queue after all."""
