@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.models import Modulation
+from octavo.models.packed import Packed
 from octavo.pipeline.denoise import Track
 from octavo.pipeline.encode import Conditioning
 from octavo.pipeline.run import Run
@@ -45,7 +46,7 @@ class FakeModel(nn.Module):
     def forward(
         self,
         latents: Tensor,
-        context: Tensor,
+        context: Tensor | Packed,
         modulation: Modulation,
         *,
         skip_layers: Collection[int] = (),
@@ -58,7 +59,9 @@ class FakeModel(nn.Module):
         if self.memory is not None and len(latents) > self.memory:
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {len(latents)} rows.")
         self.calls.append(len(latents))
-        prompt = (context @ torch.ones(WIDTH) / WIDTH).mean(dim=1)[:, None, None, None]
+        texts = [group.of(context.tokens) for group in context.groups()] if isinstance(context, Packed) else [context]
+        means = [(text @ torch.ones(WIDTH) / WIDTH).mean(dim=1) for text in texts]
+        prompt = torch.cat(means)[:, None, None, None]
         level = modulation.final[:, 0, 0][:, None, None, None]
         velocity = torch.sin(3 * latents) * 0.2 + 0.1 * prompt * latents - 0.3 * level + 0.01 * len(skip_layers)
         return torch.where(prompt == BAD, torch.nan, velocity)

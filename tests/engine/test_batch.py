@@ -93,7 +93,7 @@ def test_runs_share_calls_while_they_overlap(batcher: Batcher, pool: ThreadPoolE
     assert model.calls == [1, 3, 3, 3, 2, 2, 1, 1, 1]
 
 
-@pytest.mark.parametrize("difference", ["size", "model", "tokens"])
+@pytest.mark.parametrize("difference", ["size", "model"])
 def test_runs_that_cannot_share_a_call_are_served_by_turns(
     batcher: Batcher, pool: ThreadPoolExecutor, difference: str
 ) -> None:
@@ -105,14 +105,23 @@ def test_runs_that_cannot_share_a_call_are_served_by_turns(
             runs[1] = a_run(part, steps=4, seed=1, size=(4, 6))
         case "model":
             runs[1] = a_run(Loaded(other), steps=4, seed=1)
-        case "tokens":
-            runs[1] = a_run(part, steps=4, seed=1, text=prompt(0.1, tokens=7))
     alone = [solve(run, quiet) for run in runs]
     for one in (model, other):
         one.calls.clear()
     together = [future.result(PATIENCE) for future in in_company(batcher, pool, model, runs)]
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
     assert model.calls + other.calls == [1] * 9
+
+
+def test_texts_of_unlike_lengths_share_calls(batcher: Batcher, pool: ThreadPoolExecutor) -> None:
+    model = FakeModel()
+    part = Loaded(model)
+    runs = [a_run(part, steps=5, text=prompt(0.3, tokens=7)), a_run(part, steps=4, seed=1)]
+    alone = [solve(run, quiet) for run in runs]
+    model.calls.clear()
+    together = [future.result(PATIENCE) for future in in_company(batcher, pool, model, runs)]
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    assert model.calls == [1, 2, 2, 2, 2]
 
 
 def test_a_budget_of_tokens_bounds_a_turn(pool: ThreadPoolExecutor) -> None:

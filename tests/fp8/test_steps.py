@@ -45,6 +45,19 @@ def test_every_row_is_rounded_by_the_scale_of_its_own_noise_level(model: nn.Sequ
         assert torch.equal(model(x), definition(layer, x, SCALES[1]))
 
 
+def test_tokens_of_many_rows_one_after_the_other_are_rounded_by_their_rows_scales(model: nn.Sequential) -> None:
+    layer = model[0]
+    assert isinstance(layer, Fp8Linear)
+    packed, image = torch.randn(1, 7, 32), torch.randn(3, 5, 32)
+    rows = torch.tensor([0, 0, 1, 2, 2, 2, 2])
+    with at_sigmas(model, [0.1, 1.0, 0.5], tokens=rows):
+        y, of_image = model(packed), model(image)
+    for row, group in enumerate((2, 0, 1)):
+        mine = rows == row
+        torch.testing.assert_close(y[0, mine], definition(layer, packed[0, mine], SCALES[group]), rtol=0, atol=1e-5)
+        torch.testing.assert_close(of_image[row], definition(layer, image[row], SCALES[group]), rtol=0, atol=1e-5)
+
+
 def test_where_nothing_is_said_the_largest_scale_holds(model: nn.Sequential) -> None:
     x = torch.randn(2, 5, 32)
     layer = model[0]

@@ -41,6 +41,7 @@ class Fp8Linear(nn.Module):
         input_scale: [] float32, for arithmetic that rounds the input to FP8 too, or None. [G] where it changes over the
             schedule.
         groups: which of G holds now: for all rows, or a tensor [B] of each; None: the largest. See `steps`.
+        tokens: [M] of an input [1, M, in] that holds the tokens of many rows: the row of each token.
         bias: [out] in the compute dtype, or None.
         lora_down, lora_up: [r, in] and [out, r] in the compute dtype, or None.
         choice: the backend with the reasons against the others, or None before `prepare`.
@@ -82,6 +83,7 @@ class Fp8Linear(nn.Module):
         self.register_parameter("lora_down", None)
         self.register_parameter("lora_up", None)
         self.groups: int | Tensor | None = None
+        self.tokens: Tensor | None = None
         self.choice: Choice | None = None
         self.twin: Scaled | None = None
 
@@ -124,6 +126,8 @@ class Fp8Linear(nn.Module):
         if isinstance(groups, int):
             return scale[groups]
         rows = x.numel() // self.in_features
+        if self.tokens is not None and x.shape[0] == 1:  # more than one row, of unlike lengths, one after the other
+            return scale[groups[self.tokens]].view(rows, 1)
         return scale[groups].repeat_interleave(rows // len(groups)).view(rows, 1)
 
     @property

@@ -29,12 +29,13 @@ def step_group(sigma: float, step_sigmas: Sequence[float]) -> int:
 
 
 @contextmanager
-def at_sigmas(model: nn.Module, sigmas: Sequence[float]) -> Iterator[None]:
+def at_sigmas(model: nn.Module, sigmas: Sequence[float], *, tokens: Tensor | None = None) -> Iterator[None]:
     """Say of what noise levels the B rows of the model's inputs are, while entered; free where no layer asks.
 
     Args:
         model: `prepare` has to be called anew when its layers are exchanged.
         sigmas: B levels.
+        tokens: [M] of inputs [1, M, K] that hold the tokens of rows of unlike lengths: the row of each token.
     """
     layers = _stepped(model)
     parts = dict[tuple[float, ...], tuple[int, ...]]()  # by levels, which most layers have in common
@@ -45,6 +46,7 @@ def at_sigmas(model: nn.Module, sigmas: Sequence[float]) -> Iterator[None]:
             parts[levels] = tuple(step_group(sigma, levels) for sigma in sigmas)
         groups = parts[levels]
         layer.groups = groups[0] if len(set(groups)) == 1 else _index(groups, layer.input_scale.device)
+        layer.tokens = tokens
     if layers:
         _SAID[model] = tuple(parts.values())
     try:
@@ -52,7 +54,7 @@ def at_sigmas(model: nn.Module, sigmas: Sequence[float]) -> Iterator[None]:
     finally:
         _SAID.pop(model, None)
         for layer in layers:
-            layer.groups = None
+            layer.groups = layer.tokens = None
 
 
 def groups_of(model: nn.Module) -> tuple[Hashable, tuple[Tensor, ...]]:
@@ -60,7 +62,8 @@ def groups_of(model: nn.Module) -> tuple[Hashable, tuple[Tensor, ...]]:
     said = _SAID.get(model)
     if said is None:
         return None, ()
-    return said, tuple(layer.groups for layer in _stepped(model) if isinstance(layer.groups, Tensor))
+    layers = _stepped(model)
+    return said, tuple(x for layer in layers for x in (layer.groups, layer.tokens) if isinstance(x, Tensor))
 
 
 @lru_cache(maxsize=64)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from octavo.models.layers import FREQUENCIES, MLPEmbedder, PatchEmbed, crop_pos_embed, timestep_embedding
 from octavo.models.mmdit import JointBlock, MMDiTConfig, Modulation, StreamBlock
 from octavo.models.ops import Target
+from octavo.models.packed import Packed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,8 +89,7 @@ class ControlNet(nn.Module):
 
     def modulation(self, timestep: Tensor, pooled: Tensor) -> Modulation:
         """What time and pooled text say to the blocks: tables of N rows; arguments as of `MMDiT.modulation`."""
-        told = torch.zeros_like(pooled) if self.config.zero_pooled else pooled
-        vector = self.t_embedder(timestep_embedding(timestep).to(pooled.dtype)) + self.y_embedder(told)
+        vector = self.vector(timestep, pooled)
         if self.config.joint:
             blocks = cast("Sequence[JointBlock]", self.blocks)
             return Modulation.of(
@@ -100,11 +100,17 @@ class ControlNet(nn.Module):
         image = tuple(cast(ImageBlock, block).adaLN_modulation(vector) for block in self.blocks)
         return Modulation.of(image, (), vector.new_empty(len(vector), 0, self.config.width))
 
+    def vector(self, timestep: Tensor, pooled: Tensor) -> Tensor:
+        """Time [N] and pooled text [N, pooled_width] as one vector [N, D], from which every block's table is made."""
+        told = torch.zeros_like(pooled) if self.config.zero_pooled else pooled
+        vector: Tensor = self.t_embedder(timestep_embedding(timestep).to(pooled.dtype)) + self.y_embedder(told)
+        return vector
+
     def forward(
         self,
         latents: Tensor,
         control: Tensor,
-        context: Tensor,
+        context: Tensor | Packed,
         modulation: Modulation,
         *,
         embed: Callable[[Tensor], Tensor],
@@ -114,29 +120,35 @@ class ControlNet(nn.Module):
         Args:
             latents: [B, 16, h, w], what the MMDiT sees.
             control: [B, 16, h, w], the control picture's latents.
-            context: text tokens [B, L, context_width]; only the joint kind reads them.
+            context: text tokens [B, L, context_width], or packed; only the joint kind reads them.
             modulation: B rows.
             embed: the MMDiT's `embed_image`, for the kind without patches of its own.
 
         Returns:
             R residuals [B, n, D]; `spread` says which block gets which.
         """
-        x = self._embed(latents) if self.config.pos_embed_size else embed(latents)
-        x = x + self.control_embedder(_padded(control, self.config.patch_size))
-        told = self.context_embedder(context) if self.config.joint else None
+        x = self.embed(latents, control, embed)
+        packed = context if isinstance(context, Packed) else None
+        text = context.tokens if isinstance(context, Packed) else context
+        told = self.context_embedder(text) if self.config.joint else None
         residuals, of_text, of_image = [], modulation.context, modulation.image
         for i, (block, output) in enumerate(zip(self.blocks, self.outputs, strict=True)):
             if told is not None:
-                told, x = block(told, x, of_text[i], of_image[i])
+                told, x = block(told, x, of_text[i], of_image[i], packed)
             else:
                 x = block(x, of_image[i])
             residuals.append(output(x))
         return tuple(residuals)
 
-    def _embed(self, latents: Tensor) -> Tensor:
-        latents = _padded(latents, self.config.patch_size)
-        rows, columns = (side // self.config.patch_size for side in latents.shape[-2:])
-        x: Tensor = self.x_embedder(latents) + crop_pos_embed(self.pos_embed, rows, columns).to(latents.dtype)
+    def embed(self, latents: Tensor, control: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
+        """The image tokens [B, n, D] that enter the first block; arguments as of `forward`."""
+        if self.config.pos_embed_size:
+            padded = _padded(latents, self.config.patch_size)
+            rows, columns = (side // self.config.patch_size for side in padded.shape[-2:])
+            x: Tensor = self.x_embedder(padded) + crop_pos_embed(self.pos_embed, rows, columns).to(latents.dtype)
+        else:
+            x = embed(latents)
+        x = x + self.control_embedder(_padded(control, self.config.patch_size))
         return x
 
 

@@ -32,7 +32,7 @@ def timestep_embedding(timestep: Tensor, width: int = FREQUENCIES, max_period: f
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer-normalised `x` [B, L, D], then scaled by 1 + `scale` and moved by `shift`, both [B, D].
+    """Layer-normalised `x` [B, L, D], then scaled by 1 + `scale` and moved by `shift`: [B, D], or [B, L, D] by token.
 
     Source: Peebles & Xie 2023 (arXiv 2212.09748), adaptive layer norm.
     """
@@ -46,7 +46,12 @@ def norm(x: Tensor) -> Tensor:
 
 def modulate_normed(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """`modulate` for an `x` that is normalised already, so that two modulations can share one norm."""
-    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
+    return torch.addcmul(by_token(shift), x, 1 + by_token(scale))
+
+
+def by_token(vectors: Tensor) -> Tensor:
+    """Vectors of rows [B, D] beside tokens [B, L, D]: [B, 1, D]. Those of tokens are so already."""
+    return vectors[:, None] if vectors.dim() == 2 else vectors
 
 
 class MLPEmbedder(nn.Module):

@@ -33,6 +33,7 @@ from octavo.models.layers import (
     timestep_embedding,
 )
 from octavo.models.ops import PLAIN, Ops, Target
+from octavo.models.packed import Packed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,11 +157,11 @@ class StreamBlock(nn.Module):
 
     def finish(self, x: Tensor, attended: Tensor, modulation: Tensor, attended2: Tensor | None = None) -> Tensor:
         """Add the gated attention (and the second one), then the gated MLP."""
-        _, _, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation[:, :6].unbind(1)
+        _, _, gate_msa, shift_mlp, scale_mlp, gate_mlp, *second = modulation.unbind(-2)
         gate, branch = gate_msa, self.attn.proj(attended)
         if attended2 is not None:
             x = self.ops.residual(x, gate, branch)
-            gate, branch = modulation[:, 8], self.attn2.proj(attended2)
+            gate, branch = second[2], self.attn2.proj(attended2)
         x, hidden = self.ops.residual_modulated(x, gate, branch, Target(self.mlp.fc1, shift_mlp, scale_mlp))
         return self.ops.residual(x, gate_mlp, self.ops.gelu(hidden, self.mlp.fc2))
 
@@ -177,11 +178,23 @@ class JointBlock(nn.Module):
         self.dual = dual
 
     def forward(
-        self, context: Tensor, x: Tensor, context_modulation: Tensor, x_modulation: Tensor
+        self,
+        context: Tensor,
+        x: Tensor,
+        context_modulation: Tensor,
+        x_modulation: Tensor,
+        packed: Packed | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Context [B, L, D] and image tokens [B, n, D] → the same; the last block leaves the context as it is."""
+        """Context [B, L, D] and image tokens [B, n, D] → the same; the last block leaves the context as it is.
+
+        Args:
+            packed: says how the rows' text lies in a context [1, ΣL, D], where their lengths differ.
+        """
         text, image, ops = self.context_block, self.x_block, self.ops
-        (of_text,) = ops.modulated(context, Target(text.attn.qkv, context_modulation[:, 0], context_modulation[:, 1]))
+        if packed is not None:
+            context_modulation = packed.per_token(context_modulation)
+        shift, scale = context_modulation[..., 0, :], context_modulation[..., 1, :]
+        (of_text,) = ops.modulated(context, Target(text.attn.qkv, shift, scale))
         first = Target(image.attn.qkv, x_modulation[:, 0], x_modulation[:, 1])
         attended2 = None
         if self.dual:
@@ -190,12 +203,25 @@ class JointBlock(nn.Module):
             attended2 = ops.attention(*ops.heads((image.attn2, of_image2)))
         else:
             (of_image,) = ops.modulated(x, first)
-        attended = ops.attention(*ops.heads((text.attn, of_text), (image.attn, of_image)))
-        length = context.shape[1]
-        x = image.finish(x, attended[:, length:], x_modulation, attended2)
+        if packed is None:
+            attended = ops.attention(*ops.heads((text.attn, of_text), (image.attn, of_image)))
+            to_text, to_image = attended[:, : context.shape[1]], attended[:, context.shape[1] :]
+        else:
+            to_text, to_image = self._attended_by_group(of_text, of_image, packed)
+        x = image.finish(x, to_image, x_modulation, attended2)
         if not text.ends_here:
-            context = text.finish(context, attended[:, :length], context_modulation)
+            context = text.finish(context, to_text, context_modulation)
         return context, x
+
+    def _attended_by_group(self, of_text: Tensor, of_image: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
+        """Joint attention of rows of unlike lengths, from what the qkv layers gave: [1, ΣL, D] and [B, n, D]."""
+        texts, images = [], []
+        for group in packed.groups():
+            streams = (self.context_block.attn, group.of(of_text)), (self.x_block.attn, of_image[group.rows])
+            attended = self.ops.attention(*self.ops.heads(*streams))
+            texts.append(attended[:, : group.length].flatten(0, 1))
+            images.append(attended[:, group.length :])
+        return torch.cat(texts)[None], torch.cat(images)
 
 
 class FinalLayer(nn.Module):
@@ -256,7 +282,7 @@ class MMDiT(nn.Module):
     def forward(
         self,
         latents: Tensor,
-        context: Tensor,
+        context: Tensor | Packed,
         modulation: Modulation,
         *,
         skip_layers: Collection[int] = (),
@@ -266,7 +292,7 @@ class MMDiT(nn.Module):
 
         Args:
             latents: [B, 16, h, w]; sides that the patch does not divide are padded around and cut again.
-            context: text tokens [B, L, context_width].
+            context: text tokens [B, L, context_width]; packed where the lengths of the rows differ.
             modulation: B rows.
             skip_layers: blocks that hand on what they get, for skip-layer guidance.
             control: residuals [B, n, D] of a ControlNet, added to the image tokens after block 0, 1, ….
@@ -274,11 +300,12 @@ class MMDiT(nn.Module):
         Returns:
             Velocity [B, 16, h, w], the derivative of latents with respect to sigma.
         """
-        context, x = self.embed(latents, context)
+        packed = context if isinstance(context, Packed) else None
+        tokens, x = self.embed(latents, context.tokens if isinstance(context, Packed) else context)
         of_text, of_image = modulation.context, modulation.image
         for i, block in enumerate(self.joint_blocks):
             if i not in skip_layers:
-                context, x = block(context, x, of_text[i], of_image[i])
+                tokens, x = block(tokens, x, of_text[i], of_image[i], packed)
             if i < len(control) and (residual := control[i]) is not None:
                 x = x + residual
         return self.finish(x, modulation.final, latents.shape[-2:])

@@ -5,6 +5,9 @@ that takes what it gives. So a set of fused kernels can hand a layer its input i
 rounded in one pass over memory, by taking the place of the whole object (`use_ops`), and the blocks stay the figure of
 the paper. `PLAIN` is the definition; every other set is proven against it.
 
+Shifts, scales and gates are [B, D], a vector for each row. Where the texts of rows of unlike lengths lie one after the
+other (`packed`), x is [1, ΣL, D] and so are they: a vector for each token.
+
 B batch, L tokens, D width, H heads, E = D/H.
 """
 
@@ -16,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.models.attention import attention
-from octavo.models.layers import modulate_normed, norm
+from octavo.models.layers import by_token, modulate_normed, norm
 
 
 class QKV(NamedTuple):
@@ -31,8 +34,8 @@ class Target(NamedTuple):
     """A linear layer, and how its input is modulated."""
 
     linear: nn.Module
-    shift: Tensor  # [B, D]
-    scale: Tensor  # [B, D]
+    shift: Tensor  # [B, D], or by token [B, L, D]
+    scale: Tensor  # likewise
 
 
 class Heads(Protocol):
@@ -68,8 +71,8 @@ class PlainOps:
         return [linear(modulate_normed(normed, shift, scale)) for linear, shift, scale in targets]
 
     def residual(self, x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-        """x + gate · branch: [B, L, D], [B, D] and [B, L, D]."""
-        return torch.addcmul(x, gate[:, None], branch)
+        """x + gate · branch: [B, L, D], [B, D] (or by token) and [B, L, D]."""
+        return torch.addcmul(x, by_token(gate), branch)
 
     def residual_modulated(self, x: Tensor, gate: Tensor, branch: Tensor, target: Target) -> tuple[Tensor, Tensor]:
         """`residual`, and what the target's layer makes of it when normalised and modulated."""

@@ -17,6 +17,7 @@ from octavo.errors import RequestError, WrongModelError
 from octavo.fp8 import at_sigmas
 from octavo.models import MMDiT, MMDiTConfig, Modulation
 from octavo.models.controlnet import ControlNet, ControlNetConfig, spread
+from octavo.models.packed import Packed
 from octavo.sampling.flow import percent_to_sigma
 
 MAX_STRENGTH = 10.0
@@ -115,7 +116,12 @@ def pull(net: ControlNet, rows: Sequence[tuple[Placed, int, Modulation]], like: 
 
 
 def steer(
-    mmdit: MMDiT, pulls: Sequence[Pull], part: slice, latents: Tensor, context: Tensor, sigmas: Sequence[float]
+    mmdit: MMDiT,
+    pulls: Sequence[Pull],
+    part: slice,
+    latents: Tensor,
+    context: Tensor | Packed,
+    sigmas: Sequence[float],
 ) -> list[Tensor | None]:
     """What ControlNets add to the tokens after each of the model's blocks, for `MMDiT.forward`; empty without any.
 
@@ -125,8 +131,9 @@ def steer(
         latents, context, sigmas: of these rows.
     """
     summed: list[Tensor | None] = []
+    tokens = context.rows if isinstance(context, Packed) else None
     for each in pulls:
-        with at_sigmas(each.net, sigmas):
+        with at_sigmas(each.net, sigmas, tokens=tokens):
             residuals = each.net(
                 latents,
                 each.hints[part],

@@ -2,8 +2,8 @@
 
 A `Track` is what one request needs at every step: its prompts, its guidance and its tables of modulation, made for the
 whole run before its first step. `denoise` answers the questions of any number of tracks at once; rows that can share a
-model call (same latent size, same blocks, LoRAs and ControlNets; texts may be of unlike lengths) do. A single picture is
-the case of one track. `finite` does the same for numbers that must not be NaN.
+model call (same latent size, same blocks, LoRAs and ControlNets; texts of any lengths) do. A single picture is the case
+of one track. `finite` does the same for numbers that must not be NaN.
 """
 
 from collections.abc import Iterator, Sequence
@@ -235,7 +235,7 @@ def _evaluate(mmdit: MMDiT, rows: Sequence[_Row], most: int | None) -> list[Tens
     for row in rows:
         context = row.placed.conditioning.context
         latents.append(row.x.to(context.dtype))
-        contexts.extend(context.expand(len(row.x), -1, -1).split(1))
+        contexts.extend(context.expand(len(row.x), -1, -1).split_with_sizes([1] * len(row.x)))
         modulations.extend([row.table(mmdit)] * len(row.x))
         sigmas.extend([row.question.sigma] * len(row.x))
     x = torch.cat(latents)
