@@ -5,76 +5,19 @@ number in the docs can name the command that made it.
 """
 
 import json
-import math
 import os
 import platform
 import resource
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import median
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-Run = Callable[[], object]
-Clock = Callable[[], float]
+from octavo.evaluate.bench_timing import Clock, Run, Timing, interleave, measure, ratio
 
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Seconds of each repeat, in the order they ran."""
-
-    seconds: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        return median(self.seconds)
-
-    @property
-    def p95(self) -> float:
-        """95th percentile by nearest rank: of fewer than 20 repeats, the slowest."""
-        return sorted(self.seconds)[math.ceil(0.95 * len(self.seconds)) - 1]
-
-
-def measure(run: Run, *, warmup: int = 5, repeats: int = 30, clock: Clock = time.perf_counter) -> Timing:
-    """Time `run`, the device idle before and after each repeat."""
-    return interleave({"run": run}, warmup=warmup, repeats=repeats, clock=clock)["run"]
-
-
-def interleave(
-    runs: Mapping[str, Run], *, warmup: int = 2, repeats: int = 10, clock: Clock = time.perf_counter
-) -> dict[str, Timing]:
-    """Time several runs in turns, so that whatever else the machine does meets all of them.
-
-    Each round goes through all runs, the next one backwards: A B, B A, A B, …
-
-    Args:
-        runs: what to time, by name.
-        warmup: untimed rounds before.
-        repeats: timed rounds.
-        clock: `time.thread_time` counts the processor's seconds, not the wall's: on a busy machine the fairer measure,
-            but only of work on one thread of the CPU.
-    """
-    for _ in range(warmup):
-        for run in runs.values():
-            run()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats):
-        for name in list(runs)[:: -1 if turn % 2 else 1]:
-            _wait_for_device()
-            start = clock()
-            runs[name]()
-            _wait_for_device()
-            seconds[name].append(clock() - start)
-    return {name: Timing(tuple(values)) for name, values in seconds.items()}
-
-
-def ratio(ours: Timing, theirs: Timing) -> Timing:
-    """Ours over theirs, round by round of `interleave`; below 1 we are faster."""
-    return Timing(tuple(a / b for a, b in zip(ours.seconds, theirs.seconds, strict=True)))
+__all__ = ["Clock", "Run", "Timing", "in_own_process", "interleave", "measure", "peak_memory", "ratio", "report"]
 
 
 def peak_memory() -> int:
@@ -119,8 +62,3 @@ def _cpu() -> str:
 
 def _short(value: float) -> float:
     return float(f"{value:.4g}")
-
-
-def _wait_for_device() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from octavo._version import __version__
+from octavo.cli import bench as benching
 from octavo.cli import compare as comparing
 from octavo.cli import convert as converting
 from octavo.cli import evaluate as evaluating
@@ -43,6 +44,7 @@ app.command(epilog=refining.EPILOG)(refining.refine)
 app.command(epilog=running.EPILOG)(running.run)
 app.command(epilog=evaluating.EPILOG)(evaluating.evaluate)
 app.command(epilog=comparing.EPILOG)(comparing.compare)
+app.command(epilog=benching.EPILOG)(benching.bench)
 app.command(epilog=converting.EPILOG)(converting.convert)
 app.command()(info)
 app.command()(models)
