@@ -1,6 +1,8 @@
 """The engine without its doors: what the batcher costs a step, what company gains, and how long a short run waits.
 
-Everything in one process with the embedded model, pictures of 128x128 px; run by `benchmarks.server`.
+Everything in one process with the embedded model, pictures of 128x128 px; run by `benchmarks.server`. The plain loop
+runs in the batcher's thread, as a piece of other work: each thread that computes has helpers of its own, and two sets
+of them on one processor would slow both sides.
 """
 
 import threading
@@ -15,7 +17,7 @@ from benchmarks.common import Timing, interleave, ratio, report
 from octavo import Components, GenerateRequest, load
 from octavo.devices import keep_freed_memory
 from octavo.engine.batch import Batcher
-from octavo.pipeline.generate import generate_each, prepare, start
+from octavo.pipeline.generate import generate, generate_each, prepare, start
 from octavo.pipeline.request import resolve
 from octavo.pipeline.run import Run, Step, solve
 
@@ -56,8 +58,8 @@ def _overhead(components: Components, batcher: Batcher, repeats: int) -> None:
     """Milliseconds that a step takes more by the batcher than by the plain loop, beside each other."""
     steps = 20
     run = _run(components, GenerateRequest(prompt=PROMPTS[0], sampler="euler", steps=steps, seed=1))
-    timings = interleave({"alone": partial(solve, run, _quiet), "batcher": partial(batcher.solve, run, _quiet)},
-                         warmup=3, repeats=3 * repeats)  # fmt: skip
+    alone, batched = partial(batcher.do, partial(solve, run, _quiet)), partial(batcher.solve, run, _quiet)
+    timings = interleave({"alone": alone, "batcher": batched}, warmup=3, repeats=3 * repeats)
     extra = Timing(
         tuple(
             (ours - plain) / steps * 1e3
@@ -74,7 +76,7 @@ def _throughput(components: Components, batcher: Batcher, repeats: int) -> None:
 
     def one_by_one() -> None:
         for request in requests:
-            list(generate_each(components, request))
+            batcher.do(partial(generate, components, request))
 
     def at_once() -> None:
         def draw(request: GenerateRequest) -> None:
@@ -101,7 +103,7 @@ def _wait(components: Components, batcher: Batcher, repeats: int) -> None:
     def served_in_order() -> float:
         begin = perf_counter()
         for run in (*long, short):
-            solve(run, _quiet)
+            batcher.do(partial(solve, run, _quiet))
         return perf_counter() - begin
 
     waits = {
