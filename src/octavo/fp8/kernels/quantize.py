@@ -31,9 +31,6 @@ INT8 = Rounding(torch.int8, 127.0)
 ROUNDINGS: Mapping[Form, Rounding] = {"e4m3fn": E4M3, "int8": INT8}
 
 
-NAN: tl.constexpr = tl.constexpr(float("nan"))
-
-
 @triton.jit  # type: ignore[untyped-decorator]
 def code_of(x, INTEGER: tl.constexpr, NATIVE: tl.constexpr, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
     """float32 → the byte of the nearest number of 8 bits, ties to even, larger ones clamped; NaN stays NaN in e4m3fn.
@@ -66,7 +63,7 @@ def row_scale_of(amax, spoilt, INTEGER: tl.constexpr, LARGEST: tl.constexpr):  #
     scale = amax / LARGEST
     scale = tl.where(scale > 0, scale, 1.0)
     if INTEGER:  # no code of its own for NaN
-        scale = tl.where(spoilt > 0, NAN, scale)
+        scale = tl.where(spoilt > 0, float("nan"), scale)
     return scale
 
 
