@@ -5,9 +5,14 @@ flash, memory-efficient or math kernels itself and never holds the [L, L] matrix
 float32 on a CPU are the exception: there the products are made in so many words, see `_few_tokens`.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# Queries, keys and values [B, L or M, H, E], any strides → [B, L, H·E].
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 FEW = 512 * 512  # logits of one head, up to which that is faster
 AT_ONCE = 256 * 1024  # logits that are held at once: as many as a core's cache takes

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from octavo.models.attention import attention
+from octavo.models.attention import Attend, attention
 from octavo.models.layers import by_token, modulate_normed, norm
 
 
@@ -63,7 +63,14 @@ class Ops(Protocol):
 
 
 class PlainOps:
-    """The definitions."""
+    """The definitions.
+
+    Attributes:
+        attend: how to attend; other ways than the definition are chosen among in `placement.attention`.
+    """
+
+    def __init__(self, attend: Attend = attention) -> None:
+        self.attend = attend
 
     def modulated(self, x: Tensor, *targets: Target) -> list[Tensor]:
         """What each target's layer makes of x [B, L, D], layer-normalised once and modulated for each."""
@@ -102,7 +109,7 @@ class PlainOps:
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[B, L, H, E] each → [B, L, D]."""
-        return attention(q, k, v)
+        return self.attend(q, k, v)
 
 
 PLAIN: Ops = PlainOps()
