@@ -15,6 +15,7 @@ from octavo.cli import compare as comparing
 from octavo.cli import convert as converting
 from octavo.cli import evaluate as evaluating
 from octavo.cli import lora as adapting
+from octavo.cli import plan as planning
 from octavo.cli import quantize as quantizing
 from octavo.cli import recipes as cooking
 from octavo.cli import refine as refining
@@ -48,6 +49,7 @@ app.command(epilog=benching.EPILOG)(benching.bench)
 app.command(epilog=converting.EPILOG)(converting.convert)
 app.command()(info)
 app.command()(models)
+app.command(epilog=planning.EPILOG)(planning.plan)
 app.command()(pull)
 app.command(epilog=quantizing.EPILOG)(quantizing.quantize)
 app.command(epilog=cooking.EPILOG)(cooking.recipes)

@@ -75,8 +75,8 @@ _H200 = Card(
     source="16-bit products and memory measured; FP8 and INT8 taken as twice that, the link as typical",
 )
 
-# Shares: consumer cards hold their clocks (0.85); servers' cards of 72 to 150 W do not (0.6); Hopper reaches in 16 bits
-# what was measured on an H200, which has the same units (0.8).
+# Shares: consumer cards hold their clocks (0.85); servers' cards of 70 to 150 W do not (0.4 to 0.75); Hopper reaches in
+# 16 bits what was measured on an H200, which has the same units (0.8).
 CARDS: Mapping[str, Card] = {
     "rtx-3060-12gb": _datasheet(
         "GeForce RTX 3060", gib=12, bandwidth=360e9, tera=(25.5, None, 102), share=0.85, link=PCIE4_X16
@@ -90,7 +90,7 @@ CARDS: Mapping[str, Card] = {
     "rtx-4090-24gb": _datasheet(
         "GeForce RTX 4090", gib=24, bandwidth=1008e9, tera=(165.2, 330.3, 660), share=0.85, link=PCIE4_X16
     ),
-    "t4-16gb": _datasheet("Tesla T4", gib=15, bandwidth=320e9, tera=(65, None, 130), share=0.5, link=PCIE3_X16),
+    "t4-16gb": _datasheet("Tesla T4", gib=15, bandwidth=320e9, tera=(65, None, 130), share=0.4, link=PCIE3_X16),
     "l4-24gb": _datasheet("NVIDIA L4", gib=22.5, bandwidth=300e9, tera=(121, 242, 242), share=0.6, link=PCIE4_X16),
     "a10g-24gb": _datasheet("NVIDIA A10G", gib=22.3, bandwidth=600e9, tera=(70, None, 140), share=0.75, link=PCIE4_X16),
     "h100-80gb": _datasheet(
