@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from threading import Lock, get_ident
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +29,8 @@ from octavo.placement.units import units_of
 
 if TYPE_CHECKING:
     from octavo.placement.plan import Stay
+
+MARK = "placed"  # the model's attribute that `placed_on` finds
 
 
 class _Held:
@@ -88,19 +89,16 @@ class Streamed:
         streamed: indexes of the units that pass.
     """
 
-    def __init__(
-        self, model: nn.Module, units: Sequence[Unit], stay: "Stay", mover: Mover, *, once: bool = False
-    ) -> None:
+    def __init__(self, units: Sequence[Unit], stay: "Stay", mover: Mover, *, once: bool = False) -> None:
         """Take over the units' weights, wherever they are now.
 
         Args:
-            model: whose units they are.
             units: in the order in which they are called.
             stay: of as many layers as there are units.
             mover: knows the device.
             once: they are called in a row now and then, rather than again and again: slots exist only meanwhile.
         """
-        self._model, self._mover, self._once = model, mover, once
+        self._mover, self._once = mover, once
         with _plain_tensors():
             self._held = [_Held(unit, mover) for unit in units]
         self._hooks: list[Any] = []
@@ -109,8 +107,12 @@ class Streamed:
         self._lock, self._holder, self._inside = Lock(), -1, -1
         self.move(stay)
 
-    def move(self, stay: "Stay") -> None:
-        """Let more or fewer units be resident from now on; not while the model is used."""
+    def move(self, stay: "Stay", *, away: bool = False) -> None:
+        """Let more or fewer units be resident from now on; not while the model is used.
+
+        Args:
+            away: bring none to the device until `arrive`.
+        """
         assert stay.layers == len(self._held), f"{stay.layers} layers in the plan, {len(self._held)} in the model"
         for hook in self._hooks:
             hook.remove()
@@ -121,7 +123,10 @@ class Streamed:
             for i in self.streamed:  # first, for they make room
                 self._held[i].go_home()
             for i in resident:
-                self._held[i].settle(keep_home=stay.leaves)
+                if away:
+                    self._held[i].go_home()
+                else:
+                    self._held[i].settle(keep_home=stay.leaves)
         self._next = dict(pairwise([*self.streamed, *self.streamed[:1]]))
         self._hooks = [
             hook
@@ -153,6 +158,12 @@ class Streamed:
         with _plain_tensors():
             for i in self.stay.resident_units:
                 self._held[i].settle(keep_home=True)
+
+    def close(self) -> None:
+        """Take the hooks off, and give the slots back."""
+        for hook in self._hooks:
+            hook.remove()
+        self.rest()
 
     @property
     def slot_bytes(self) -> int:
@@ -270,8 +281,8 @@ class Placed:
         self.stay, self.modulation_streamed = stay, modulation_streamed
         self._mover, self._units = mover, units
         outside = [module for unit in (*units.blocks, *units.modulation) for module in unit.modules]
-        self._blocks = Streamed(model, units.blocks, stay, mover)
-        self._modulation = Streamed(model, units.modulation, self._of_modulation(), mover, once=True)
+        self._blocks = Streamed(units.blocks, stay, mover)
+        self._modulation = Streamed(units.modulation, self._of_modulation(), mover, once=True)
         with _plain_tensors():
             self._rest = _Held(Unit("rest", (model,), (*outside, *units.tables)), mover)
             self._rest.settle(keep_home=stay.leaves)
@@ -281,18 +292,20 @@ class Placed:
         for table in units.tables:
             _look_up_at_home(table, mover.device)
         self._away = False
-        _PLACED[model] = self
+        model.__dict__[MARK] = self
+        self._model = model
 
     def move(self, stay: "Stay", *, modulation_streamed: bool = False) -> None:
         """Place it anew; not while the model is used."""
-        self.arrive()
         self.stay, self.modulation_streamed = stay, modulation_streamed
         both = [(self._blocks, stay), (self._modulation, self._of_modulation())]
         for streamed, its in sorted(both, key=lambda each: each[1].resident):
-            streamed.move(its)
+            streamed.move(its, away=self._away)
 
     def leave(self) -> None:
         """Take all weights off the device; `arrive` before the next use."""
+        if self._away:
+            return
         self._blocks.leave()
         self._modulation.leave()
         with _plain_tensors():
@@ -307,6 +320,13 @@ class Placed:
             with _plain_tensors():
                 self._rest.settle(keep_home=True)
             self._away = False
+
+    def close(self) -> None:
+        """Let go of the model, which is not used any more, so that its memory is free as soon as nobody has it."""
+        self._blocks.close()
+        self._modulation.close()
+        self._mover.finish()
+        self._model.__dict__.pop(MARK, None)
 
     @property
     def streamed(self) -> bool:
@@ -330,7 +350,7 @@ class Placed:
 
     def __str__(self) -> str:
         stay = self.stay
-        said = f"all of {stay.layers} blocks resident"
+        said = f"all {stay.layers} blocks resident" if stay.layers else "whole"
         if stay.resident < stay.layers:
             through = f"{stay.slots} buffers of {human(self._blocks.slot_bytes)}"
             passing = stay.layers - stay.resident
@@ -359,10 +379,7 @@ def place(model: nn.Module, stay: "Stay", mover: Mover, *, modulation_streamed: 
 
 def placed_on(model: nn.Module) -> Placed | None:
     """What `place` made of the model; None for one that was not placed."""
-    return _PLACED.get(model)
-
-
-_PLACED: WeakKeyDictionary[nn.Module, Placed] = WeakKeyDictionary()
+    return model.__dict__.get(MARK)
 
 
 def _look_up_at_home(table: nn.Embedding, device: torch.device) -> None:

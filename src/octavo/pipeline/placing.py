@@ -1,0 +1,200 @@
+"""The parts of a model under one plan for a device's memory: what stays there, what comes and goes, what passes.
+
+    placing = Placing([mmdit, *encoders, vae], budget=6 * 10**9, strict=True)
+    placing.fit(work)            # before a job: plan for it, where the plan at hand does not serve it
+    placing.done(*encoders)      # after a stage: those leave that the plan lets leave
+    placing.smaller()            # memory was short all the same: the next smaller plan
+
+`placement.plan` makes the plans, `placement.stream` carries them out; the pictures are the same bits under each.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from octavo.errors import PlacementError, RequestError
+from octavo.models import ControlNet
+from octavo.placement.cards import budget_here, card_here
+from octavo.placement.plan import Plan, Stay, make_plan
+from octavo.placement.shapes import ENCODERS, PartShape, Shapes
+from octavo.placement.sizes import human, parse_bytes
+from octavo.placement.work import Work
+
+if TYPE_CHECKING:
+    from octavo.pipeline.components import Part
+
+logger = logging.getLogger(__name__)
+
+SMALL = Work(width=256, height=256, rows=1, tokens=77, prompts=1)
+
+
+class Placing:
+    """See the module.
+
+    Attributes:
+        budget: bytes of device memory that may be used.
+        strict: whether the user has named it, so that a job which needs more is refused.
+        plan: that is followed now.
+    """
+
+    def __init__(
+        self, parts: "Sequence[Part[nn.Module]]", budget: int, *, strict: bool, work: Work | None = None
+    ) -> None:
+        """Plan, and tell the parts, loaded or not.
+
+        Raises:
+            PlacementError: `strict`, and nothing fits; says the least that would do.
+        """
+        self.budget, self.strict = budget, strict
+        self._parts: dict[str, Part[nn.Module]] = {part.kind: part for part in parts}
+        self._nets: dict[int, Part[ControlNet]] = {}
+        self._gone_down = 0  # times that memory was short although the plan fitted
+        self._shapes = Shapes.of({kind: part.skeleton for kind, part in self._parts.items()}, parts[0].dtype)
+        for part in self._parts.values():
+            part.when_arriving = self._arriving
+        try:
+            self.plan = self._planned(work or Work())
+        except PlacementError:
+            self.plan = self._planned(SMALL)  # it may do for smaller pictures than usual: each job is asked for its own
+        self._follow(self.plan)
+
+    def fit(self, work: Work, nets: "Sequence[Part[ControlNet]]" = ()) -> None:
+        """Plan anew if the plan at hand does not serve a job; call it where device work is done.
+
+        Args:
+            work: of the job.
+            nets: ControlNets that it uses.
+
+        Raises:
+            PlacementError: as at birth.
+        """
+        new = [net for net in nets if id(net) not in self._nets]
+        for net in new:
+            self._nets[id(net)] = net
+            net.when_arriving = self._arriving
+        names = ("width", "height", "steps", "rows", "tokens", "prompts")
+        larger = Work(**{name: max(getattr(work, name), getattr(self.plan.work, name)) for name in names})
+        if new:
+            self._shapes = self._with_nets()
+        if new or larger != self.plan.work:
+            try:
+                # For what came before, too, so that pictures of many sizes do not have weights moved to and fro.
+                self.plan = self._planned(larger)
+            except PlacementError:
+                self.plan = self._planned(work)
+        self._follow(self.plan)
+
+    def done(self, *parts: "Part[nn.Module]") -> None:
+        """These are not needed until they are called again: those that the plan lets leave leave the device."""
+        for part in parts:
+            if part.stay is not None and part.stay.leaves:
+                part.leave()
+
+    def smaller(self) -> bool:
+        """Go over to the next smaller plan, which is told; False where there is none."""
+        below = self.plan.smaller()
+        if below is None:
+            return False
+        self._gone_down += 1
+        logger.warning("Going over to a smaller memory plan: %s.", below)
+        self.plan = below
+        self._follow(below)
+        return True
+
+    def needs(self, kind: str) -> int:
+        """Bytes of weights that a part has on the device while it is used."""
+        shape, stay = self._shapes.parts[kind], self.plan.parts[kind]
+        passing = [shape.units[i] for i in stay.streamed_units]
+        modulation = 0 if self.plan.modulation_streamed else sum(shape.modulation)
+        resident = sum(shape.units[i] for i in stay.resident_units)
+        return shape.rest + resident + modulation + min(stay.slots, len(passing)) * max(passing, default=0)
+
+    def __str__(self) -> str:
+        return str(self.plan)
+
+    def _planned(self, work: Work) -> Plan:
+        device = next(iter(self._parts.values())).device
+        card = card_here(device)
+        try:
+            plan = make_plan(self._shapes, self.budget, card, work=work)
+        except PlacementError as error:
+            if self.strict:
+                raise
+            logger.warning("%s is free on %s. %s", human(self.budget), device, error)
+            plan = make_plan(self._shapes, error.least, card, work=work)
+        for _ in range(self._gone_down):
+            plan = plan.smaller() or plan
+        return plan
+
+    def _follow(self, plan: Plan) -> None:
+        stays = {part: plan.parts[kind] for kind, part in self._parts.items()}
+        changed = [part for part, stay in stays.items() if part.stay != stay]
+        nets = bool(self._nets) and self._place_nets(plan.parts["controlnet"])
+        mmdit = self._parts["mmdit"]
+        if mmdit.modulation_streamed != plan.modulation_streamed and mmdit not in changed:
+            changed.append(mmdit)
+        if changed or nets:
+            logger.info("Memory plan: %s.", plan)
+        for part in changed:
+            part.place(stays[part], modulation_streamed=plan.modulation_streamed, needs=self.needs(part.kind))
+
+    def _arriving(self, part: "Part[nn.Module]") -> None:
+        """A part comes to the device: those leave with which it does not share a stage of the plan."""
+        if part.stay is None or not part.stay.leaves:
+            return
+        together = ENCODERS if part.kind in ENCODERS and not part.stay.streamed else (part.kind,)
+        self.done(*(other for kind, other in self._parts.items() if kind not in together))
+
+    # ControlNets: one part of the plan, as large as all of them
+
+    def _with_nets(self) -> Shapes:
+        nets = [self._shape_of(net) for net in self._nets.values()]
+        largest = max(nets, key=lambda shape: shape.nbytes)
+        units = tuple(size for shape in nets for size in shape.units)
+        merged = replace(largest, units=units, rest=sum(shape.rest for shape in nets))
+        return Shapes({**self._shapes.parts, "controlnet": merged}, self._shapes.itemsize)
+
+    def _place_nets(self, stay: Stay) -> bool:
+        """Let each net have its share of the blocks that stay; whether that is news."""
+        changed = False
+        for net in self._nets.values():
+            shape = self._shape_of(net)
+            layers = len(shape.units)
+            resident = stay.resident * layers // stay.layers
+            its = Stay(resident=resident, layers=layers, slots=stay.slots, leaves=stay.leaves)
+            if net.stay != its:
+                share = sum(shape.units[i] for i in its.resident_units) + shape.rest
+                net.place(its, needs=share + min(its.slots, layers - resident) * max(shape.units))
+                changed = True
+        return changed
+
+    def _shape_of(self, net: "Part[ControlNet]") -> PartShape:
+        both = {"mmdit": self._parts["mmdit"].skeleton, "controlnet": net.skeleton}
+        return Shapes.of(both, net.dtype).parts["controlnet"]
+
+
+def budget_of(vram: str | int | None, device: torch.device) -> tuple[int, bool] | None:
+    """How many bytes of the device's memory may be used, and whether the user has said so.
+
+    Args:
+        vram: "6GB", "80%", bytes; None for what is free on a CUDA device, and for no plan on others.
+        device: where the work is done. On a CPU a plan can be followed, for tests: there it only costs.
+
+    Raises:
+        RequestError: it is no size, or the device shares the machine's memory.
+    """
+    if vram is None:
+        free = budget_here(device)
+        return None if device.type != "cuda" or free is None else (free, False)
+    if device.type not in ("cuda", "cpu"):
+        raise RequestError(f"'{device}' shares the machine's memory: a plan for it would save nothing. Leave vram out.")
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    budget = vram if isinstance(vram, int) else parse_bytes(vram, total=total)
+    if total is not None:
+        # A promise: who exceeds it is told so as if the device were that small, and goes over to a smaller plan.
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+    return budget, True
