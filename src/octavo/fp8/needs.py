@@ -41,6 +41,22 @@ class Problem:
         return replace(self, device=device.type, capability=capability)
 
 
+class Where(Protocol):
+    """What needs that are not about weights ask of a problem, of whatever kind it is."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def capability(self) -> tuple[int, int] | None: ...
+
+    @property
+    def by_name(self) -> bool: ...
+
+
 class Need(Protocol):
     """A condition on problems or on the machine."""
 
@@ -57,7 +73,7 @@ class OnDevice:
     def __str__(self) -> str:
         return self.type
 
-    def unmet(self, problem: Problem) -> str | None:
+    def unmet(self, problem: Where) -> str | None:
         return None if problem.device == self.type else f"runs on {self.type}, this is {problem.device}"
 
 
@@ -71,7 +87,7 @@ class Capability:
     def __str__(self) -> str:
         return f"compute capability {self.major}.{self.minor}"
 
-    def unmet(self, problem: Problem) -> str | None:
+    def unmet(self, problem: Where) -> str | None:
         needed = f"needs compute capability {self.major}.{self.minor}"
         if problem.capability is None:
             return f"{needed}, this is {problem.device}"
@@ -104,7 +120,7 @@ class ComputeDtype:
     def __str__(self) -> str:
         return " or ".join(map(dtype_name, self.dtypes))
 
-    def unmet(self, problem: Problem) -> str | None:
+    def unmet(self, problem: Where) -> str | None:
         if problem.dtype in self.dtypes:
             return None
         return f"takes {' or '.join(map(dtype_name, self.dtypes))}, not {dtype_name(problem.dtype)}"
@@ -163,7 +179,7 @@ class OnlyByName:
     def __str__(self) -> str:
         return "asking for it by name"
 
-    def unmet(self, problem: Problem) -> str | None:
+    def unmet(self, problem: Where) -> str | None:
         return None if problem.by_name else "is taken only when asked for by name"
 
 
@@ -190,7 +206,7 @@ class Package:
     def __str__(self) -> str:
         return f"the package {self.name}"
 
-    def unmet(self, problem: Problem) -> str | None:  # noqa: ARG002  # the machine alone decides
+    def unmet(self, problem: Where) -> str | None:  # noqa: ARG002  # the machine alone decides
         return None if importlib.util.find_spec(self.name) else f"the package {self.name} is not installed"
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -38,15 +39,27 @@ class Timings:
     A file that cannot be read is as good as none, and one that cannot be written costs the next process the time again.
     """
 
-    def __init__(self, measure: Callable[[Backend, Problem], float] | None = None) -> None:
-        self.path = cache_folder() / FILE
-        self._measure = measure or seconds
+    def __init__(
+        self,
+        measure: Callable[[Any, Any], float] | None = None,
+        *,
+        file: str = FILE,
+        shape: Callable[[Any], str] | None = None,
+    ) -> None:
+        """
+        Args:
+            measure: gives the time of something with a name for something that has a device; `seconds` if not given.
+            file: in the cache folder.
+            shape: what times of the second are kept by.
+        """
+        self.path = cache_folder() / file
+        self._measure, self._shape = measure or seconds, shape or _shape
         self._times = _read(self.path)
         self._new: Times = {}
 
-    def __call__(self, backend: Backend, problem: Problem) -> float:
+    def __call__(self, backend: Any, problem: Any) -> float:
         """Seconds that `backend` takes for `problem`; raises `UnusableError` where it fails."""
-        machine, shape = _machine(problem), _shape(problem)
+        machine, shape = _machine(problem), self._shape(problem)
         known = self._times.get(machine, {}).get(shape, {}).get(backend.name)
         if known is not None:
             return known
@@ -138,7 +151,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def _machine(problem: Problem) -> str:
+def _machine(problem: Any) -> str:
     device = torch.device(problem.device)
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     return f"{device_name(device)}{threads}, torch {torch.__version__}, octavo {__version__}"
