@@ -201,6 +201,7 @@ class JointBlock(nn.Module):
             second = Target(image.attn2.qkv, x_modulation[:, 6], x_modulation[:, 7])
             of_image, of_image2 = ops.modulated(x, first, second)
             attended2 = ops.attention(*ops.heads((image.attn2, of_image2)))
+            del of_image2
         else:
             (of_image,) = ops.modulated(x, first)
         if packed is None:
@@ -208,6 +209,7 @@ class JointBlock(nn.Module):
             to_text, to_image = attended[:, : context.shape[1]], attended[:, context.shape[1] :]
         else:
             to_text, to_image = self._attended_by_group(of_text, of_image, packed)
+        del of_text, of_image  # the MLP is the widest place: what it does not need leaves before
         x = image.finish(x, to_image, x_modulation, attended2)
         if not text.ends_here:
             context = text.finish(context, to_text, context_modulation)
