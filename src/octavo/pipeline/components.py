@@ -28,6 +28,7 @@ from octavo.fp8.needs import TYPICAL_ROWS
 from octavo.models import VAE, MMDiT, MMDiTConfig
 from octavo.pipeline.decode import decode, to_uint8
 from octavo.pipeline.encode import TextEncoders
+from octavo.pipeline.fusing import fuse_steps
 from octavo.pipeline.latents import FACTOR
 from octavo.text.lora_tags import split_tags, spoken
 
@@ -145,7 +146,8 @@ class Part(Generic[M]):
             assume_fp8_compute=self._arithmetic.assume_fp8_compute,
         )
         if paths.linears:
-            told = "".join(f"\n  {line}" for line in paths.details)
+            fused = fuse_steps(model, self.device, self.dtype, rows=self._rows, measure=self._arithmetic.measure)
+            told = "".join(f"\n  {line}" for line in (*paths.details, *fused))
             refused = f"\n  {self.refused}" if self.refused else ""
             logger.info("%s (%s): %s%s%s", self.title, self.path.name, paths, refused, told)
         return cast(M, model)
