@@ -142,7 +142,7 @@ def test_a_model_attends_as_chosen_once_for_each_shape() -> None:
 
 
 def test_attention_is_chosen_before_it_is_captured() -> None:
-    """Measuring waits for the device, which a capture cannot: the first call of a shape, which goes without, chooses."""
+    """Measuring waits for the device, which a capture cannot: a shape's first call, which goes without, chooses."""
     model, seam, captures = made(), Replayed(), []
 
     def measure(_backend: AttentionBackend, _case: Case) -> float:

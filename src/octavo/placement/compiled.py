@@ -1,0 +1,91 @@
+"""`torch.compile` of a model's blocks: inductor's kernels instead of ours between the products.
+
+All blocks share one compiled function, so that the first step of a shape waits for one compilation or two, not for one
+a block. A block at which something looks on, such as a LoRA, goes uncompiled: compiled code does not notice that.
+"""
+
+import importlib.util
+import logging
+import os
+import shutil
+import weakref
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from octavo.errors import RequestError
+from octavo.models import ControlNet, MMDiT
+from octavo.models.mmdit import JointBlock, StreamBlock
+
+logger = logging.getLogger(__name__)
+
+INDUCTOR = "inductor"
+
+
+def compile_refusal(device: torch.device, backend: str = INDUCTOR) -> str | None:
+    """Why nothing can be compiled for `device`; None where it can."""
+    if not torch._dynamo.is_dynamo_supported():  # type: ignore[attr-defined]
+        return "torch.compile does not run on this system or this Python"
+    if backend != INDUCTOR:
+        return None
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "it needs the package triton, which is not installed"
+        major, minor = torch.cuda.get_device_capability(device)
+        return None if major >= 7 else f"it needs compute capability 7.0, this device has {major}.{minor}"
+    if device.type == "cpu":
+        named = os.environ.get("CXX")
+        found = [name for name in ([named] if named else ["g++", "clang++", "c++"]) if shutil.which(name)]
+        return None if found else "it needs a C++ compiler (g++ or clang++), and there is none"
+    return f"it makes code for CUDA devices and CPUs, this is {device.type}"
+
+
+def compile_blocks(model: nn.Module, device: torch.device, backend: str = INDUCTOR) -> int:
+    """Let the blocks of `model` run compiled; the first call of each shape compiles.
+
+    Args:
+        model: an MMDiT or a ControlNet; others are left as they are.
+        backend: torch.compile's; "aot_eager" and "eager" trace without making code.
+
+    Returns:
+        How many blocks.
+
+    Raises:
+        RequestError: nothing can be compiled here; says why.
+    """
+    blocks = _blocks(model)
+    if not blocks:
+        return 0
+    if (why := compile_refusal(device, backend)) is not None:
+        raise RequestError(f"--compile is of no use here: {why}. Leave it out; nothing else depends on it.")
+    for block in blocks:
+        parts = weakref.WeakSet(block.modules())
+        # No module, but a function in the place of its method, which must not keep its block alive.
+        block.forward = partial(_forward, weakref.ref(block), _compiled(type(block).forward, backend), parts)
+    return len(blocks)
+
+
+def _blocks(model: nn.Module) -> Sequence[nn.Module]:
+    if isinstance(model, MMDiT):
+        return list(model.joint_blocks)
+    if isinstance(model, ControlNet):
+        return [block for block in model.blocks if isinstance(block, JointBlock | StreamBlock)]
+    return []
+
+
+@cache
+def _compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    made: Callable[..., Any] = torch.compile(function, backend=backend)
+    return made
+
+
+def _forward(
+    of: "weakref.ref[nn.Module]", compiled: Callable[..., Any], parts: "weakref.WeakSet[nn.Module]", *args: Any
+) -> Any:
+    block = of()
+    assert block is not None
+    watched = torch.is_grad_enabled() or any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+    return (type(block).forward if watched else compiled)(block, *args)
