@@ -1,13 +1,14 @@
 """Fused steps for a model that was loaded: where `fp8.fused` meets the blocks of `models.ops`."""
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
 
 from octavo.fp8.fused import fuse
 from octavo.fp8.verdicts import unfit
-from octavo.models.ops import PLAIN, QKV, each_with_ops, use_ops
+from octavo.models.ops import QKV, Ops, each_with_ops, use_ops
 
 
 def fuse_steps(
@@ -24,11 +25,13 @@ def fuse_steps(
     Returns:
         What the log says of it.
     """
-    if not each_with_ops(model):
+    parts = each_with_ops(model)
+    if not parts:
         return []
     if (why := unfit(device, dtype)) is not None:
         return [f"steps between products are plain: a fused one {why}"]
-    ops = fuse(model, PLAIN, QKV, device=device, dtype=dtype, rows=rows, measure=measure)
+    # Those that it has say how it attends.
+    ops = fuse(model, cast(Ops, parts[0].ops), QKV, device=device, dtype=dtype, rows=rows, measure=measure)
     use_ops(model, ops)
     paths = ops.paths()
     return [str(paths), *paths.details]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.fp8.needs import Mode
+from octavo.models import MMDiT
 from octavo.models.attention import Attend
 from octavo.models.ops import PLAIN, PlainOps, each_with_ops, use_ops
 from octavo.placement.attention import Attending, Case, attention_called, choose_attention
@@ -99,7 +100,9 @@ def start(
         attend(model, device, mode, running)
         count = compile_blocks(model, device, running.compiler)
         told.append(f"{count} blocks compiled by {running.compiler} at the first step of each shape")
-    if (device.type == "cuda" or seam is not None) if running.graphs is None else running.graphs:
+    # ControlNets are not captured: one takes part of the MMDiT as an argument, whose end its graphs would outlive.
+    wanted = device.type == "cuda" or seam is not None if running.graphs is None else running.graphs
+    if wanted and isinstance(model, MMDiT):
         captured = capture(model, seam=seam)
         told.append(f"CUDA graphs: captured at call {captured.limits.after} of a shape")
     return told
