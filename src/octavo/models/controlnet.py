@@ -63,6 +63,7 @@ class ImageBlock(StreamBlock):
         """[B, n, D] and [B, 6, D] → [B, n, D]."""
         (qkv,) = self.ops.modulated(x, Target(self.attn.qkv, modulation[:, 0], modulation[:, 1]))
         attended = self.ops.attention(*self.ops.heads((self.attn, qkv)))
+        del qkv  # before the widest place
         return self.finish(x, attended, modulation)
 
 
