@@ -246,7 +246,7 @@ def test_parts_leave_when_memory_is_short_and_the_picture_stays_the_same(
 
 
 def test_tiled_decoding_is_used_when_asked(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("octavo.pipeline.generate.TILE", 4)
+    monkeypatch.setattr("octavo.pipeline.components.TILE", 4)
     monkeypatch.setattr("octavo.pipeline.generate.OVERLAP", 1)
     calls: list[tuple[int, ...]] = []
 

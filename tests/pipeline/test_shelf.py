@@ -9,7 +9,7 @@ import torch
 
 from octavo.errors import ModelNotFoundError, RequestError, WrongModelError
 from octavo.fp8 import Fp8Linear
-from octavo.pipeline import shelf as shelf_room
+from octavo.pipeline import room as shelf_room
 from octavo.pipeline.assemble import load
 from octavo.pipeline.encode import Conditioning, TextEncoders, encode
 from octavo.pipeline.shelf import LoadSettings, Shelf

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from octavo.devices import whole_processor
-from octavo.engine.memory import Short, attempt, collect, first_that_fits
+from octavo.engine.memory import first_that_fits
 from octavo.engine.metrics import Metrics
 from octavo.engine.policy import Budget, Preference, Turns, choose
 from octavo.engine.seats import Failure, Seat, Work
@@ -32,6 +32,7 @@ from octavo.errors import NumericsError, ShutdownError
 from octavo.models import MMDiT
 from octavo.pipeline.finite import denoise_each
 from octavo.pipeline.run import Run, Walk, Watch
+from octavo.pipeline.sparing import Short, Smaller, attempt, collect, nothing_to_give
 from octavo.pipeline.tables import Tables
 from octavo.sampling import Guided
 
@@ -61,6 +62,7 @@ class Batcher:
         max_tokens: int | None = None,
         metrics: Metrics | None = None,
         relief: Relief | None = None,
+        smaller: Smaller = nothing_to_give,
         tables: Tables | None = None,
     ) -> None:
         """Start the device's thread.
@@ -70,10 +72,11 @@ class Batcher:
                 device. A single question is answered whatever it takes.
             metrics: counts turns and seconds.
             relief: called where memory is short; the run's `mmdit` is what to keep.
+            smaller: called where that did not suffice; goes over to a smaller memory plan, if there is one.
             tables: of modulation, where they are shared with others.
         """
         self._budget = None if max_tokens is None else Budget(max_tokens)
-        self._metrics, self._relief = metrics, relief
+        self._metrics, self._relief, self._smaller = metrics, relief, smaller
         self._tables = Tables() if tables is None else tables
         self._turns, self._preference = Turns(), Preference()
         self._changed = Condition()
@@ -313,7 +316,7 @@ class Batcher:
 
             return run
 
-        return first_that_fits([ways[0], *map(counted, [*ways[1:], relieved])], what)
+        return first_that_fits([ways[0], *map(counted, [*ways[1:], relieved])], what, self._smaller)
 
     def _count_short(self) -> None:
         if self._metrics:

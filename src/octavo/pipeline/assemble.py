@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from octavo.checkpoint.folders import EMBEDDED, MODELS, Folders
 from octavo.checkpoint.kinds import WORDS_KEY, Kind
-from octavo.checkpoint.presets import preset_for
+from octavo.checkpoint.presets import Preset, preset_for
 from octavo.checkpoint.source import Located, Source, open_source
 from octavo.checkpoint.tensors import open_tensors
 from octavo.devices import free_bytes, pick_device, pick_dtype
@@ -27,6 +27,8 @@ from octavo.pipeline.components import Arithmetic, Components, Part
 from octavo.pipeline.controlnets import ControlNets
 from octavo.pipeline.encode import TextEncoders
 from octavo.pipeline.loras import Loras
+from octavo.pipeline.placing import Budget, Placing, budget_of
+from octavo.placement.work import Work
 from octavo.text.tokenizers import EncoderTokenizer, Tokenizers
 from octavo.text.vocabulary import Vocabulary, clip_vocabulary, read_vocabulary, t5_vocabulary
 
@@ -56,6 +58,7 @@ def load(
     backend: str | None = None,
     measure: bool | None = None,
     retry_bf16: bool = False,
+    vram: str | int | Budget | None = None,
     make_part: PartMaker = Part,
     loras: Loras | None = None,
 ) -> Components:
@@ -80,13 +83,18 @@ def load(
             not given, on CUDA devices only.
         retry_bf16: where an FP8 layer of the model gives NaN or infinity, warn, let it multiply in bfloat16 or float32
             from then on, and repeat the step; else such a number is an error.
+        vram: how much of the device's memory may be used: "6GB", "80%" or bytes; what is free on a CUDA device when not
+            given. What does not fit comes and goes, or passes through block by block; the pictures stay the same. On a
+            CPU it is followed as well, for tests: there it only costs.
         make_part: makes each part, or gives one that was made before; see `shelf`.
         loras: where LoRAs are looked for; in the models tree and at any path when not given.
 
     Raises:
         ModelNotFoundError: a file is not there; says what to download and where to put it.
         CheckpointError: a file is damaged, of another kind, or does not belong to the others.
-        RequestError: no such device, dtype, format or backend, or a backend that no layer of the model can use.
+        RequestError: no such device, dtype, format or backend, or a backend that no layer of the model can use; or
+            `vram` is no size.
+        PlacementError: `vram` does not suffice for any picture.
     """
     arithmetic = Arithmetic(
         mode="fast" if fast else "fp8",
@@ -112,9 +120,14 @@ def load(
         raise RequestError(f"'{path.name}': {mmdit.refused}")
     config = cast(MMDiTConfig, mmdit.config)
 
-    # The embedded model and the released ones never lend each other parts.
+    # The embedded model and the released ones never lend each other parts, whatever their files are called.
+    own_tree = Folders.standard(EMBEDDED, environment={}, working_dir=EMBEDDED) if embedded else folders
+    if embedded:
+        chosen += _encoders_beside(path, config)
+        chosen_vae += _models_beside(path)
+
     def tree(*categories: str) -> Iterator[Source]:
-        for file in folders.files(*categories):
+        for file in own_tree.files(*categories):
             if file.embedded == embedded and file.path != path:
                 yield from _opened(file.path)
 
@@ -144,10 +157,12 @@ def load(
     if supports_fp8_compute and chosen_device.type != "cuda":
         warnings.append(f"--supports-fp8-compute is about CUDA devices; on '{chosen_device}' it changes nothing.")
     name = path.name if path.is_dir() else path.stem
+    vae_part = make_part(vae_at, chosen_device, chosen_dtype, Arithmetic())
+    preset = preset_for(config, located.file)
     return Components(
         name=name,
         mmdit=mmdit,
-        vae=cast("Part[VAE]", make_part(vae_at, chosen_device, chosen_dtype, Arithmetic())),
+        vae=cast("Part[VAE]", vae_part),
         encoders=list(encoders.values()),
         text=text_encoders_of(
             encoders,
@@ -155,7 +170,8 @@ def load(
             context_width=config.context_width,
             pooled_width=config.pooled_width,
         ),
-        preset=preset_for(config, located.file),
+        preset=preset,
+        placing=placing_of([mmdit, *encoders.values(), vae_part], preset, vram),
         embedded=embedded,
         warnings=warnings,
         tiled_vae=tiled_vae,
@@ -170,6 +186,21 @@ def load(
             paths=loras is None or loras.paths,
         ),
     )
+
+
+def placing_of(parts: Sequence[Part[Any]], preset: Preset, vram: str | int | Budget | None) -> Placing | None:
+    """The memory plan for a model's parts, at first for the pictures that suit it; None where there is none to make.
+
+    Args:
+        parts: the MMDiT first.
+        vram: as of `load`.
+    """
+    budget = budget_of(vram, parts[0].device)
+    if budget is None:
+        return None
+    rows = 1 if preset.guidance_scale == 1 else 2
+    work = Work(width=preset.width, height=preset.height, steps=preset.steps, rows=rows, prompts=rows)
+    return Placing(parts, budget, work=work)
 
 
 def format_called(wanted: bool | str) -> Fp8Format | None:
@@ -188,6 +219,31 @@ def _opened(path: Path) -> Iterator[Source]:
         yield open_source(path)
     except (CheckpointError, ModelNotFoundError):
         return
+
+
+def _encoders_beside(path: Path, config: MMDiTConfig) -> list[Source]:
+    """Encoders in the tree that a model of the embedded one's kind lies in, as far as they fit: it was trained with."""
+    found = []
+    for file in sorted((path.parent.parent / "text_encoders").glob("*.safetensors")):
+        for source in _opened(file):
+            located = source.find(*ENCODERS)
+            if located is not None and _width(located) in (config.context_width, config.pooled_width // 2):
+                found.append(source)
+    return found
+
+
+def _models_beside(path: Path) -> list[Source]:
+    """Other models of the embedded one's kind in the same tree, one of which may lend its VAE."""
+    files = [file for file in sorted((path.parent.parent / "checkpoints").glob("*.safetensors")) if file != path]
+    sources = [source for file in files for source in _opened(file)]
+    return [source for source in sources if any(WORDS_KEY in file.metadata for file in source.files)]
+
+
+def _width(located: Located) -> int:
+    """Of a text encoder's tokens; 0 for a file that does not say."""
+    names = ("shared.weight", "text_model.embeddings.token_embedding.weight")
+    entries = (located.file.entries.get(located.part.prefix + name) for name in names)
+    return next((entry.shape[-1] for entry in entries if entry is not None and entry.shape), 0)
 
 
 def _first(kind: Kind, preferred: Sequence[Source], tree: Callable[[], Iterator[Source]]) -> Located | None:

@@ -5,15 +5,14 @@ Finding the files that make up a model is `assemble`'s business.
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d
 
 from octavo.checkpoint.detect import Config
 from octavo.checkpoint.force import force_fp8
@@ -26,10 +25,17 @@ from octavo.devices import free_bytes, trim_memory
 from octavo.fp8 import BACKENDS, Fp8Format, LinearSpec, Mode, find_backend, prepare, refused
 from octavo.fp8.needs import TYPICAL_ROWS
 from octavo.models import VAE, MMDiT, MMDiTConfig
-from octavo.pipeline.decode import decode, to_uint8
+from octavo.pipeline.decode import TILE
 from octavo.pipeline.encode import TextEncoders
 from octavo.pipeline.fusing import fuse_steps
 from octavo.pipeline.latents import FACTOR
+from octavo.pipeline.placing import Placing
+from octavo.pipeline.preview import preview
+from octavo.placement.movers import mover_for
+from octavo.placement.plan import Stay
+from octavo.placement.running import Running, attend, start
+from octavo.placement.stream import place, placed_on
+from octavo.placement.work import Work
 from octavo.text.lora_tags import split_tags, spoken
 
 if TYPE_CHECKING:
@@ -60,6 +66,7 @@ class Arithmetic:
     measure: bool | None = None  # whether to time the ways; None: as suits the device
     assume_fp8_compute: bool = False  # of a GPU that does not say so
     force: Fp8Format | None = None  # quantize to this at load what the file keeps in more bits
+    running: Running = field(default_factory=Running)  # how it attends, and whether it is compiled or captured
 
     def __post_init__(self) -> None:
         if self.backend is not None:
@@ -80,6 +87,9 @@ class Part(Generic[M]):
         forced_linears: how many of those are quantized at load.
         refused: why none of those can use the backend that was asked for, so that each takes what suits it; None
             where one can, or none was asked for.
+        stay: where its weights are, see `place`; None: all on the device, as long as they are loaded.
+        modulation_streamed: whether those of adaLN pass through the device once a run.
+        needs: bytes that it takes on the device while it is used.
     """
 
     def __init__(
@@ -106,11 +116,14 @@ class Part(Generic[M]):
             tensor.numel() * (1 if tensor.dtype.itemsize == 1 else dtype.itemsize)
             for tensor in plan.model.state_dict().values()
         )
+        self.stay: Stay | None = None
+        self.modulation_streamed, self.needs = False, self.nbytes
         self._model: M | None = None
         self._loading = Lock()
         # For those who keep parts of several models in one memory.
         self.before_loading: Callable[[], None] = lambda: None
         self.when_used: Callable[[], None] = lambda: None
+        self.when_arriving: Callable[[Part[Any]], None] = lambda _part: None
 
     @property
     def loaded(self) -> bool:
@@ -118,21 +131,59 @@ class Part(Generic[M]):
         return self._model is not None
 
     @property
+    def away(self) -> bool:
+        """Whether its weights are in the host's memory alone, until it is called."""
+        placed = None if self._model is None else placed_on(self._model)
+        return placed is not None and placed.away
+
+    @property
     def in_memory(self) -> M | None:
         """The model, if its weights are in memory."""
         return self._model
 
     def __call__(self) -> M:
-        """The model, loaded."""
+        """The model, loaded and on the device, as far as it is to be there."""
         with self._loading:
+            self.when_arriving(self)
             if self._model is None:
                 self.before_loading()
                 self._model = self._load()
+            elif (placed := placed_on(self._model)) is not None:
+                placed.arrive()
             self.when_used()
             return self._model
 
+    def place(self, stay: Stay, *, modulation_streamed: bool = False, needs: int | None = None) -> None:
+        """Let its weights be where a plan says, from now on or from when they are loaded; not while it is used.
+
+        Args:
+            stay: of its blocks.
+            modulation_streamed: let adaLN pass through the device once a run.
+            needs: bytes that it then takes there.
+        """
+        with self._loading:
+            self.needs = self.nbytes if needs is None else needs
+            if self._model is not None:
+                placed = placed_on(self._model)
+                if placed is not None:
+                    placed.move(stay, modulation_streamed=modulation_streamed)
+                elif _apart(stay, modulation_streamed):
+                    placed = place(self._model, stay, mover_for(self.device), modulation_streamed=modulation_streamed)
+                if placed is not None:
+                    logger.info("%s (%s): %s", self.title, self.path.name, placed)
+            self.stay, self.modulation_streamed = stay, modulation_streamed
+
+    def leave(self) -> None:
+        """Off the device, into the host's memory; the next call brings it back."""
+        with self._loading:
+            placed = None if self._model is None else placed_on(self._model)
+            if placed is not None:
+                placed.leave()
+
     def _load(self) -> M:
-        model = load_part(self._plan()[0], self.device, self.dtype)
+        # What comes and goes has its home in the host's memory, and is never whole on the device.
+        apart = self.stay is not None and _apart(self.stay, self.modulation_streamed)
+        model = load_part(self._plan()[0], "cpu" if apart else self.device, self.dtype)
         self._located.file.close()
         backend = None if self.refused else self._arithmetic.backend
         paths = prepare(
@@ -146,10 +197,18 @@ class Part(Generic[M]):
             assume_fp8_compute=self._arithmetic.assume_fp8_compute,
         )
         if paths.linears:
+            attends = attend(model, self.device, self._arithmetic.mode, self._arithmetic.running)
             fused = fuse_steps(model, self.device, self.dtype, rows=self._rows, measure=self._arithmetic.measure)
-            told = "".join(f"\n  {line}" for line in (*paths.details, *fused))
+            told = "".join(f"\n  {line}" for line in (*paths.details, *attends, *fused))
             refused = f"\n  {self.refused}" if self.refused else ""
             logger.info("%s (%s): %s%s%s", self.title, self.path.name, paths, refused, told)
+        if apart and self.stay is not None:
+            mover = mover_for(self.device)
+            placed = place(model, self.stay, mover, modulation_streamed=self.modulation_streamed)
+            trim_memory()
+            logger.info("%s (%s): %s", self.title, self.path.name, placed)
+        for line in start(model, self.device, self._arithmetic.mode, self._arithmetic.running):
+            logger.info("%s (%s): %s", self.title, self.path.name, line)
         return cast(M, model)
 
     def _plan(self) -> tuple[Plan, int]:
@@ -166,10 +225,18 @@ class Part(Generic[M]):
 
     def release(self) -> None:
         """Give its memory back; the next call loads it again."""
-        self._model = None
+        placed = None if self._model is None else placed_on(self._model)
+        if placed is not None:
+            placed.close()
+        self._model = placed = None
         trim_memory()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _apart(stay: Stay, modulation_streamed: bool) -> bool:
+    """Whether weights come and go, so that they need a home beside the device."""
+    return stay.streamed or stay.leaves or modulation_streamed
 
 
 class Components:
@@ -183,6 +250,8 @@ class Components:
         embedded: whether it is the small model of the package.
         warnings: what the user should know before drawing with it.
         retry_bf16: whether an FP8 layer that gives NaN or infinity goes on in bfloat16 rather than ending the run.
+        controlnets: where ControlNets are found.
+        placing: the plan for the device's memory; None where there is none, as on CPUs.
     """
 
     def __init__(
@@ -200,11 +269,13 @@ class Components:
         retry_bf16: bool = False,
         loras: "Loras | None" = None,
         controlnets: "ControlNets | None" = None,
+        placing: Placing | None = None,
     ) -> None:
+        self.placing = placing
         self.name, self.preset, self.embedded, self.warnings = name, preset, embedded, tuple(warnings)
         self.mmdit, self.vae, self.encoders, self.text = mmdit, vae, tuple(encoders), text
         self._tiled_vae, self.retry_bf16 = tiled_vae, retry_bf16
-        self._loras, self._controlnets = loras, controlnets
+        self._loras, self.controlnets = loras, controlnets
 
     @property
     def device(self) -> torch.device:
@@ -228,7 +299,8 @@ class Components:
         """One line for people: what draws, where and how."""
         fp8 = f", {self.mmdit.fp8_linears} of {self.mmdit.linears} linears in FP8" if self.mmdit.fp8_linears else ""
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.preset.name} ({self.name}) on {self.device} in {dtype}{fp8}"
+        placed = "" if self.placing is None else f"; {self.placing}"
+        return f"{self.preset.name} ({self.name}) on {self.device} in {dtype}{fp8}{placed}"
 
     def stack(self, loras: "Sequence[Lora]") -> "Stack":
         """What these LoRAs do to the model and to its text encoders.
@@ -250,10 +322,10 @@ class Components:
         """
         if not wishes:
             return ()
-        assert self._controlnets is not None, "made without a place to look for ControlNets"
+        assert self.controlnets is not None, "made without a place to look for ControlNets"
         config = self.mmdit.config
         assert isinstance(config, MMDiTConfig)
-        return self._controlnets.controls(wishes, config, self.name, self.vae, (width, height))
+        return self.controlnets.controls(wishes, config, self.name, self.vae, (width, height))
 
     def remarks(self, prompt: str) -> list[str]:
         """What the user should know of a prompt: words that no encoder knows, embeddings that are left out."""
@@ -264,8 +336,40 @@ class Components:
         )
         return remarks + [warning.text for warning in kits.encode(prompt, embeddings=self.text.shapes).warnings]
 
+    def fit(self, work: Work, controls: "Sequence[Control]" = ()) -> None:
+        """See that the memory plan, if there is one, serves a job; call it where device work is done.
+
+        Raises:
+            PlacementError: the memory that the user allowed does not suffice for it.
+        """
+        if self.placing is not None:
+            nets = [control.net for control in controls if isinstance(control.net, Part)]
+            self.placing.fit(work, nets)
+
+    def smaller(self) -> bool:
+        """Go over to a smaller memory plan; whether there was one."""
+        return self.placing is not None and self.placing.smaller()
+
+    def done(self, *parts: Part[Any]) -> None:
+        """These are not needed until they are called again: they leave the device, if the memory plan says so."""
+        if self.placing is not None:
+            self.placing.done(*parts)
+
+    @property
+    def at_last(self) -> bool:
+        """Whether there is no smaller memory plan to go over to."""
+        return self.placing is None or self.placing.plan.smaller() is None
+
+    def tile(self, width: int, height: int) -> int | None:
+        """Side in latent pixels of the tiles that a picture of this size is decoded in; None: whole."""
+        planned = None if self.placing is None or self._tiled_vae is not None else self.placing.plan.tile
+        return planned or (TILE if self.wants_tiles(width, height) else None)
+
     def make_room_for(self, part: Part[nn.Module], *done: Part[nn.Module]) -> None:
-        """Release those that are `done` if `part` would not fit beside them."""
+        """Let those that are `done` leave the device, as the plan says; without one, if `part` would not fit beside."""
+        if self.placing is not None:
+            self.done(*done)
+            return
         free = free_bytes(self.device)
         if free is not None and not part.loaded and part.nbytes + SPARE > free:
             for each in done:
@@ -275,31 +379,11 @@ class Components:
         """Whether a picture of this size is decoded in tiles: as asked, else if whole it would not fit."""
         if self._tiled_vae is not None:
             return self._tiled_vae
+        if self.placing is not None:
+            return self.placing.plan.tile is not None
         free = free_bytes(self.device)
         return free is not None and width * height * DECODE_BYTES_PER_PIXEL > free
 
     def preview(self, denoised: Tensor) -> Image.Image:
         """A quick look at unfinished latents [1, 16, h, w]."""
         return preview(denoised, self.vae if self.embedded else None)
-
-
-def preview(denoised: Tensor, vae: Part[VAE] | None) -> Image.Image:
-    """A quick look at unfinished latents [1, 16, h, w]: by the VAE where it is small, else by the channels' colours."""
-    if vae is not None:
-        # Half its size is a quarter of the work, and as much as an unfinished picture has to show.
-        pixels = to_uint8(decode(vae(), avg_pool2d(denoised, 2, ceil_mode=True)))
-    else:
-        factors = torch.tensor(LATENT_TO_RGB, dtype=torch.float32)
-        rgb = denoised.float().cpu().movedim(1, -1) @ factors + torch.tensor(LATENT_TO_RGB_BIAS)
-        pixels = to_uint8(rgb.movedim(-1, 1))
-    return Image.fromarray(pixels[0].cpu().numpy())
-
-
-# Least-squares colours of the released VAE's latent channels, as ComfyUI uses them for its previews of SD3.
-LATENT_TO_RGB = (
-    (-0.0922, -0.0175, 0.0749), (0.0311, 0.0633, 0.0954), (0.1994, 0.0927, 0.0458), (0.0856, 0.0339, 0.0902),
-    (0.0587, 0.0272, -0.0496), (-0.0006, 0.1104, 0.0309), (0.0978, 0.0306, 0.0427), (-0.0042, 0.1038, 0.1358),
-    (-0.0194, 0.0020, 0.0669), (-0.0488, 0.0130, -0.0268), (0.0922, 0.0988, 0.0951), (-0.0278, 0.0524, -0.0542),
-    (0.0332, 0.0456, 0.0895), (-0.0069, -0.0030, -0.0810), (-0.0596, -0.0465, -0.0293), (-0.1448, -0.1463, -0.1189),
-)  # fmt: skip
-LATENT_TO_RGB_BIAS = (0.2394, 0.2135, 0.1925)

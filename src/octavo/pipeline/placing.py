@@ -1,6 +1,6 @@
 """The parts of a model under one plan for a device's memory: what stays there, what comes and goes, what passes.
 
-    placing = Placing([mmdit, *encoders, vae], budget=6 * 10**9, strict=True)
+    placing = Placing([mmdit, *encoders, vae], Budget(6 * 10**9, named=True))
     placing.fit(work)            # before a job: plan for it, where the plan at hand does not serve it
     placing.done(*encoders)      # after a stage: those leave that the plan lets leave
     placing.smaller()            # memory was short all the same: the next smaller plan
@@ -9,9 +9,9 @@
 """
 
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -36,20 +36,17 @@ class Placing:
     """See the module.
 
     Attributes:
-        budget: bytes of device memory that may be used.
-        strict: whether the user has named it, so that a job which needs more is refused.
+        budget: how much of the device's memory may be used.
         plan: that is followed now.
     """
 
-    def __init__(
-        self, parts: "Sequence[Part[nn.Module]]", budget: int, *, strict: bool, work: Work | None = None
-    ) -> None:
+    def __init__(self, parts: "Sequence[Part[nn.Module]]", budget: "Budget", *, work: Work | None = None) -> None:
         """Plan, and tell the parts, loaded or not.
 
         Raises:
-            PlacementError: `strict`, and nothing fits; says the least that would do.
+            PlacementError: the user has named the budget, and nothing fits; says the least that would do.
         """
-        self.budget, self.strict = budget, strict
+        self.budget = budget
         self._parts: dict[str, Part[nn.Module]] = {part.kind: part for part in parts}
         self._nets: dict[int, Part[ControlNet]] = {}
         self._gone_down = 0  # times that memory was short although the plan fitted
@@ -105,6 +102,11 @@ class Placing:
         self._follow(below)
         return True
 
+    @property
+    def mmdit(self) -> "Part[nn.Module]":
+        """The part that is needed at every step."""
+        return self._parts["mmdit"]
+
     def needs(self, kind: str) -> int:
         """Bytes of weights that a part has on the device while it is used."""
         shape, stay = self._shapes.parts[kind], self.plan.parts[kind]
@@ -120,11 +122,11 @@ class Placing:
         device = next(iter(self._parts.values())).device
         card = card_here(device)
         try:
-            plan = make_plan(self._shapes, self.budget, card, work=work)
+            plan = make_plan(self._shapes, self.budget.nbytes, card, work=work)
         except PlacementError as error:
-            if self.strict:
+            if self.budget.named:
                 raise
-            logger.warning("%s is free on %s. %s", human(self.budget), device, error)
+            logger.warning("%s is free on %s. %s", human(self.budget.nbytes), device, error)
             plan = make_plan(self._shapes, error.least, card, work=work)
         for _ in range(self._gone_down):
             plan = plan.smaller() or plan
@@ -143,11 +145,7 @@ class Placing:
             part.place(stays[part], modulation_streamed=plan.modulation_streamed, needs=self.needs(part.kind))
 
     def _arriving(self, part: "Part[nn.Module]") -> None:
-        """A part comes to the device: those leave with which it does not share a stage of the plan."""
-        if part.stay is None or not part.stay.leaves:
-            return
-        together = ENCODERS if part.kind in ENCODERS and not part.stay.streamed else (part.kind,)
-        self.done(*(other for kind, other in self._parts.items() if kind not in together))
+        leave_others(part, self._parts.values())
 
     # ControlNets: one part of the plan, as large as all of them
 
@@ -177,8 +175,24 @@ class Placing:
         return Shapes.of(both, net.dtype).parts["controlnet"]
 
 
-def budget_of(vram: str | int | None, device: torch.device) -> tuple[int, bool] | None:
-    """How many bytes of the device's memory may be used, and whether the user has said so.
+def leave_others(part: "Part[Any]", others: "Iterable[Part[Any]]") -> None:
+    """A part comes to the device: of the others those leave that may, and that it does not share a stage with."""
+    together = ENCODERS if part.kind in ENCODERS and not (part.stay is not None and part.stay.streamed) else ()
+    for other in others:
+        if other is not part and other.kind not in together and other.stay is not None and other.stay.leaves:
+            other.leave()
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How much of a device's memory may be used."""
+
+    nbytes: int
+    named: bool = False  # by the user: what needs more is refused
+
+
+def budget_of(vram: str | int | Budget | None, device: torch.device) -> Budget | None:
+    """How much of the device's memory may be used; None where nobody plans it.
 
     Args:
         vram: "6GB", "80%", bytes; None for what is free on a CUDA device, and for no plan on others.
@@ -187,9 +201,11 @@ def budget_of(vram: str | int | None, device: torch.device) -> tuple[int, bool] 
     Raises:
         RequestError: it is no size, or the device shares the machine's memory.
     """
+    if isinstance(vram, Budget):
+        return vram
     if vram is None:
         free = budget_here(device)
-        return None if device.type != "cuda" or free is None else (free, False)
+        return None if device.type != "cuda" or free is None else Budget(free)
     if device.type not in ("cuda", "cpu"):
         raise RequestError(f"'{device}' shares the machine's memory: a plan for it would save nothing. Leave vram out.")
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
@@ -197,4 +213,4 @@ def budget_of(vram: str | int | None, device: torch.device) -> tuple[int, bool] 
     if total is not None:
         # A promise: who exceeds it is told so as if the device were that small, and goes over to a smaller plan.
         torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
-    return budget, True
+    return Budget(budget, named=True)

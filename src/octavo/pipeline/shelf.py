@@ -6,7 +6,6 @@ ago leave first. Conditioning is kept as well, so that a text that comes again i
 """
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,15 +20,18 @@ from octavo.checkpoint.folders import CATEGORIES, MODELS, Folders
 from octavo.checkpoint.kinds import WORDS_KEY, Kind
 from octavo.checkpoint.presets import Preset, preset_for
 from octavo.checkpoint.source import Located, Source, open_source
-from octavo.devices import free_bytes, pick_device, pick_dtype
+from octavo.devices import pick_device, pick_dtype
 from octavo.errors import RequestError, WrongModelError, did_you_mean
 from octavo.models import VAE, ClipConfig, MMDiT, MMDiTConfig, T5Config
-from octavo.pipeline.assemble import CALLED, EMBEDDED_MODEL, ENCODERS, format_called, load, text_encoders_of
-from octavo.pipeline.components import SPARE, Arithmetic, Components, Part, preview
+from octavo.pipeline.assemble import CALLED, EMBEDDED_MODEL, ENCODERS, format_called, load, placing_of, text_encoders_of
+from octavo.pipeline.components import Arithmetic, Components, Part
 from octavo.pipeline.controlnets import ControlNets
 from octavo.pipeline.encode import Conditioning, TextEncoders, encode_tokens
 from octavo.pipeline.loras import Loras, Stack
+from octavo.pipeline.placing import budget_of
+from octavo.pipeline.preview import preview
 from octavo.pipeline.request import Lora
+from octavo.pipeline.room import Room
 from octavo.pipeline.text_cache import TextCache
 
 logger = logging.getLogger(__name__)
@@ -117,6 +119,7 @@ class LoadSettings:
     backend: str | None = None
     measure: bool | None = None
     retry_bf16: bool = False
+    vram: str | int | None = None  # of all models together
     text_cache_bytes: int = field(default=256 << 20)
 
     @property
@@ -143,6 +146,7 @@ class Shelf:
         self.folders = Folders.standard(None if models_dir is None else Path(models_dir))
         self.device = pick_device(self.settings.device)
         self.dtype = pick_dtype(self.settings.dtype, self.device)
+        self._room: Room[Hashable] = Room(self.device, budget_of(self.settings.vram, self.device))
         self.texts = TextCache(self.settings.text_cache_bytes)
         self._arithmetic = Arithmetic(
             mode="fast" if self.settings.fast else "fp8",
@@ -157,7 +161,6 @@ class Shelf:
         self.controlnets = ControlNets(
             self.folders, self.device, self.dtype, self._arithmetic, make_part=self._part, paths=False
         )
-        self._parts: OrderedDict[Hashable, Part[nn.Module]] = OrderedDict()
         self._made: dict[Hashable, Any] = {}
         self.when_loaded: Callable[[Part[nn.Module]], None] = lambda _part: None
         self._lock = RLock()
@@ -171,8 +174,15 @@ class Shelf:
             As `octavo.load`.
         """
         path = EMBEDDED_MODEL if name is None else self.folders.find(name, *MODELS)
-        keywords = self.settings.keywords | {"make_part": self._part, "loras": self.loras}
-        return cast(Components, self._once(("components", _stamp(path)), lambda: load(path, **keywords)))
+        keywords = self.settings.keywords | {"make_part": self._part, "loras": self.loras, "vram": self._room.budget}
+
+        def make() -> Components:
+            components = load(path, **keywords)
+            if components.placing is not None:
+                self._room.follow(components.placing, [components.mmdit, components.vae, *components.encoders])
+            return components
+
+        return cast(Components, self._once(("components", _stamp(path)), make))
 
     def checkpoint(self, name: str) -> tuple[Model, Clip | None, Vae | None]:
         """What a checkpoint holds; where it has no text encoders or VAE inside, those of the models tree that fit.
@@ -216,6 +226,9 @@ class Shelf:
             part = cast("Part[MMDiT]", self._part(located, self.device, self.dtype, arithmetic))
             preset = preset_for(cast(MMDiTConfig, part.config), located.file)
             embedded = _is_embedded(own)
+        placing = placing_of([part], preset, self._room.budget)
+        if placing is not None:
+            self._room.follow(placing, [part])
         vae = None
         if embedded:
             vae = Vae(self.components(None).vae, EMBEDDED_MODEL.stem, True)
@@ -252,7 +265,7 @@ class Shelf:
                             f"'{path.name}' and '{found[kind].path.name}' both hold {CALLED[kind]}; give each "
                             "encoder once."
                         )
-                    found[kind] = self._part(located, self.device, self.dtype, self._of_encoders)
+                    found[kind] = self._room.lone(self._part(located, self.device, self.dtype, self._of_encoders))
                 if any(WORDS_KEY in file.metadata for file in source.files):
                     config = cast(MMDiTConfig, self.components(None).mmdit.config)
                     widths = config.context_width, config.pooled_width
@@ -266,7 +279,7 @@ class Shelf:
 
         def make() -> Vae:
             with open_source(path) as source:
-                part = self._part(source.require("vae"), self.device, self.dtype, Arithmetic())
+                part = self._room.lone(self._part(source.require("vae"), self.device, self.dtype, Arithmetic()))
                 return Vae(cast("Part[VAE]", part), path.stem, _is_embedded(source))
 
         return cast(Vae, self._once(("vae", _stamp(path)), make))
@@ -343,20 +356,20 @@ class Shelf:
     @property
     def loaded(self) -> list[Part[nn.Module]]:
         """Parts whose weights are in memory, the one used longest ago first."""
-        with self._lock:
-            return [part for part in self._parts.values() if part.loaded]
+        return self._room.loaded
 
     def free(self, *keep: Part[nn.Module]) -> int:
         """Release all parts but those to keep, and the texts; returns how many bytes of weights these were.
 
         Call it where device work is done, for no other work may be using them.
         """
-        gone = [part for part in self.loaded if not any(part is kept for kept in keep)]
-        for part in gone:
-            part.release()
         self.texts.clear()
         self.loras.release()
-        return sum(part.nbytes for part in gone)
+        return self._room.free(*keep)
+
+    def smaller(self) -> bool:
+        """Go over to a smaller memory plan, of a model that is in use; whether there was one."""
+        return self._room.smaller()
 
     def _part(
         self, located: Located, device: torch.device, dtype: torch.dtype, arithmetic: Arithmetic
@@ -364,27 +377,12 @@ class Shelf:
         """The part, made at most once for each way of loading it."""
         key = (_stamp(located.file.path), located.part.kind, arithmetic)
         with self._lock:
-            part = self._parts.get(key)
+            part = self._room.find(key)
             if part is None:
                 made: Part[nn.Module] = Part(located, device, dtype, arithmetic)
-                made.before_loading = lambda: self._before_loading(made)
-                made.when_used = lambda: self._parts.move_to_end(key)
-                part = self._parts[key] = made
+                self._room.add(key, made, lambda: self.when_loaded(made))
+                part = made
             return part
-
-    def _before_loading(self, part: Part[nn.Module]) -> None:
-        self.when_loaded(part)
-        self._make_room(part)
-
-    def _make_room(self, wanted: Part[nn.Module]) -> None:
-        """Release parts until `wanted` fits, those used longest ago first."""
-        for part in self.loaded:
-            free = free_bytes(self.device)
-            if free is None or wanted.nbytes + SPARE <= free:
-                return
-            if part is not wanted:
-                logger.info("%s (%s) leaves memory to make room for %s.", part.title, part.path.name, wanted.title)
-                part.release()
 
     def _once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         with self._lock:

@@ -274,6 +274,7 @@ class Placed:
     Attributes:
         stay: of its blocks.
         modulation_streamed: whether adaLN passes through the device once a run.
+        away: whether all its weights are in host memory, until `arrive`.
     """
 
     def __init__(self, model: nn.Module, stay: "Stay", mover: Mover, *, modulation_streamed: bool = False) -> None:
@@ -291,7 +292,7 @@ class Placed:
                     layer.input_scale = layer.input_scale.to(mover.device)
         for table in units.tables:
             _look_up_at_home(table, mover.device)
-        self._away = False
+        self.away = False
         model.__dict__[MARK] = self
         self._model = model
 
@@ -300,26 +301,26 @@ class Placed:
         self.stay, self.modulation_streamed = stay, modulation_streamed
         both = [(self._blocks, stay), (self._modulation, self._of_modulation())]
         for streamed, its in sorted(both, key=lambda each: each[1].resident):
-            streamed.move(its, away=self._away)
+            streamed.move(its, away=self.away)
 
     def leave(self) -> None:
         """Take all weights off the device; `arrive` before the next use."""
-        if self._away:
+        if self.away:
             return
         self._blocks.leave()
         self._modulation.leave()
         with _plain_tensors():
             self._rest.go_home()
-        self._away = True
+        self.away = True
 
     def arrive(self) -> None:
         """Bring back what `leave` has taken away; free where there is nothing to bring."""
-        if self._away:
+        if self.away:
             self._blocks.arrive()
             self._modulation.arrive()
             with _plain_tensors():
                 self._rest.settle(keep_home=True)
-            self._away = False
+            self.away = False
 
     def close(self) -> None:
         """Let go of the model, which is not used any more, so that its memory is free as soon as nobody has it."""

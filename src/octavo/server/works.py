@@ -23,13 +23,14 @@ def load(state: State) -> Works:
     if shelf.device.type == "cpu":
         keep_freed_memory()
     shelf.when_loaded = lambda part: metrics.load(f"{part.path.stem} ({part.kind})")
-    batcher = Batcher(metrics=metrics, relief=shelf.free)
+    batcher = Batcher(metrics=metrics, relief=shelf.free, smaller=shelf.smaller)
     metrics.watch_fp8(lambda: fp8_layers(model for part in shelf.loaded if (model := part.in_memory) is not None))
 
     def warm_up() -> None:
         """Read the weights of the server's own model, so that the first request need not wait for them."""
         for part in (*components.encoders, components.mmdit, components.vae):
             batcher.do(part)
+        batcher.do(lambda: components.done(*components.encoders, components.vae))
 
     workshop = Workshop(
         shelf=shelf,
