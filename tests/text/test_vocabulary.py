@@ -50,7 +50,7 @@ def save_clip_pairs(folder: Path) -> None:
     tokenizer = clip_vocabulary().tokenizer
     (folder / "vocab.json").write_text(json.dumps(tokenizer.get_vocab(with_added_tokens=True)), encoding="utf-8")
     packed = files("octavo.text").joinpath("vocab/clip_bpe_vocab_16e6.txt.gz").read_bytes()
-    lines = gzip.decompress(packed).decode("utf-8").splitlines()[: 1 + 48894]
+    lines = gzip.decompress(packed).decode("utf-8").splitlines()
     (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
 
 

@@ -31,7 +31,6 @@ from octavo.errors import CorruptFileError, ModelNotFoundError, UnsupportedForma
 
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 T5_END = 1  # id of "</s>"
-CLIP_MERGES = 49152 - 256 - 2  # of the 262,144 in the file
 
 # Words, single digits and runs of signs, with English contractions split off; Radford et al. 2021's own rule.
 _CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -77,7 +76,7 @@ def clip_vocabulary() -> Vocabulary:
         files("octavo.text").joinpath("vocab/clip_bpe_vocab_16e6.txt.gz").open("rb") as packed,
         gzip.open(packed, "rt", encoding="utf-8") as lines,
     ):
-        merges = _merges(islice(lines, 1 + CLIP_MERGES))
+        merges = _merges(lines)
     characters = _characters_of_bytes()
     pieces = [*characters, *(character + "</w>" for character in characters), *("".join(pair) for pair in merges)]
     ids = {piece: index for index, piece in enumerate([*pieces, CLIP_START, CLIP_END])}
