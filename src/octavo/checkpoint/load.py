@@ -4,8 +4,9 @@
         plan = plan_part(source.require("mmdit"))     # headers only; every check but that of the values
         model = load_part(plan, device, dtype)        # the only step that reads weights
 
-Peak memory is the model plus one small buffer. FP8 matrices of linear layers stay FP8, everything else takes the
-compute dtype. `load_mmdit` and its like do both steps at once.
+Peak memory is the model plus some small buffers: several threads read at once, see `delivery`. FP8 matrices of linear
+layers stay FP8, everything else takes the compute dtype. For a CPU, those FP8 matrices that lie in the file as the
+model wants them are not even read but mapped, see `TensorFile.mapped`. `load_mmdit` and its like do both steps at once.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from octavo.checkpoint.delivery import Delivery
 from octavo.checkpoint.force import buffer_for, quantize_into
 from octavo.checkpoint.kinds import Kind
 from octavo.checkpoint.plan import Origin, Plan, Slab, plan_part
@@ -89,22 +91,27 @@ def load_part(plan: Plan, device: Device, dtype: torch.dtype) -> nn.Module:
         CorruptFileError: a weight is NaN or infinite, or the file has shrunk since its header was read.
     """
     file, model = plan.located.file, plan.model
-    for origin in plan.origins:
-        module = model.get_submodule(origin.module)
-        if isinstance(module, Fp8Linear) and origin.stays_fp8:
-            module.q = _stack(file, origin, torch.empty(module.q.shape, dtype=module.q.dtype, device=device))
-            module.scale = origin.scaling[0].to(device)
-            module.input_scale = None if origin.input_scale is None else origin.input_scale.to(device)
-            if origin.low_rank:
-                module.set_low_rank(*stack_branches(file, origin.stretches, dtype, device))
-            continue
-        name = origin.ours.rpartition(".")[2]
-        if isinstance(module, Fp8Linear) and name == "weight":
-            quantize_into(module, _stack(file, origin, buffer_for(module, origin, device)))
-        else:
-            kept = _kept_dtype(origin, dtype)
-            weight = _stack(file, origin, torch.empty(getattr(module, name).shape, dtype=kept, device=device))
-            setattr(module, name, nn.Parameter(weight, requires_grad=False))
+    with Delivery(device) as delivery:
+        for origin in plan.origins:
+            module = model.get_submodule(origin.module)
+            if isinstance(module, Fp8Linear) and origin.stays_fp8:
+                module.q = _codes(delivery, file, origin, module.q, device)
+                module.scale = origin.scaling[0].to(device)
+                module.input_scale = None if origin.input_scale is None else origin.input_scale.to(device)
+                if origin.low_rank:
+                    module.set_low_rank(*stack_branches(file, origin.stretches, dtype, device))
+                continue
+            name = origin.ours.rpartition(".")[2]
+            if isinstance(module, Fp8Linear) and name == "weight":
+                weight = _stack(delivery, file, origin, buffer_for(module, origin, device))
+                delivery.wait()
+                quantize_into(module, weight)
+            else:
+                kept = _kept_dtype(origin, dtype)
+                place = torch.empty(getattr(module, name).shape, dtype=kept, device=device)
+                weight = _stack(delivery, file, origin, place)
+                setattr(module, name, nn.Parameter(weight, requires_grad=False))
+        delivery.finish()
     assert not any(tensor.is_meta for tensor in model.state_dict().values()), "the plan left weights out"
     return model.eval()
 
@@ -129,15 +136,25 @@ def _kept_dtype(origin: Origin, dtype: torch.dtype) -> torch.dtype:
     return stored if narrow and dtype.itemsize > stored.itemsize else dtype
 
 
-def _stack(file: TensorFile, origin: Origin, out: Tensor) -> Tensor:
-    """Fill `out` with the slabs of `origin`; into FP8 go the codes, into other dtypes the values."""
+def _codes(delivery: Delivery, file: TensorFile, origin: Origin, like: Tensor, device: Device) -> Tensor:
+    """The FP8 matrix of `origin`, shaped as `like`; for a CPU mapped, if it is in one piece there."""
+    whole = len(origin.slabs) == 1 and origin.slabs[0].entry.shape == tuple(like.shape)
+    if whole and torch.device(device).type == "cpu":
+        mapped = file.mapped(origin.slabs[0].entry.name)
+        if mapped is not None:
+            return mapped
+    return _stack(delivery, file, origin, torch.empty(like.shape, dtype=like.dtype, device=device))
+
+
+def _stack(delivery: Delivery, file: TensorFile, origin: Origin, out: Tensor) -> Tensor:
+    """Have `out` filled with the slabs of `origin`; into FP8 go the codes, into other dtypes the values."""
     row = 0
     for slab in origin.slabs:
         place = out[row : row + slab.rows]
         row += slab.rows
         plain = slab.rule is None or (slab.rule.scale is None and slab.rule.low_rank is None)
         if (origin.stays_fp8 or plain) and not slab.transposed:
-            file.read_into(slab.entry.name, place, rows=(slab.start, slab.stop))
+            file.deliver(delivery, slab.entry.name, place, rows=(slab.start, slab.stop))
         else:
             place.copy_(_values(file, slab).view_as(place))
     return out

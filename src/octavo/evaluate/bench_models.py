@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import octavo
+from octavo.checkpoint.delivery import Delivery
 from octavo.checkpoint.folders import Folders
 from octavo.checkpoint.force import forced_specs
 from octavo.checkpoint.header import Entry, Header
@@ -54,6 +55,18 @@ class RandomFile(TensorFile):
     def read_into(self, name: str, out: Tensor, *, rows: tuple[int, int] | None = None, check: bool = True) -> None:  # noqa: ARG002
         """Fill `out` with numbers such as a trained model has; they are finite, so there is nothing to check."""
         fill(name, self.entries[name].shape, out)
+
+    def deliver(
+        self,
+        delivery: Delivery,  # noqa: ARG002
+        name: str,
+        out: Tensor,
+        *,
+        rows: tuple[int, int] | None = None,
+        check: bool = True,
+    ) -> None:
+        """`read_into`: there is nothing to wait for."""
+        self.read_into(name, out, rows=rows, check=check)
 
 
 def fill(name: str, shape: tuple[int, ...], out: Tensor) -> None:
