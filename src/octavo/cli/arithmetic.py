@@ -12,7 +12,7 @@ import typer
 
 from octavo.errors import RequestError
 
-OURS, COMFYUI = "FP8", "ComfyUI's spellings"
+OURS, COMFYUI, SPEED = "FP8", "ComfyUI's spellings", "Speed"
 
 Fast = Annotated[
     bool,
@@ -81,6 +81,29 @@ SupportsFp8Compute = Annotated[
     ),
 ]
 
+AttentionName = Annotated[
+    str | None,
+    typer.Option(
+        "--attention",
+        help="How the model attends, by name; by measured times if unsaid. See 'octavo info --device'.",
+        rich_help_panel=SPEED,
+    ),
+]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile", help="Compile the model's blocks by torch.compile; the first step waits.", rich_help_panel=SPEED
+    ),
+]
+Graphs = Annotated[
+    bool | None,
+    typer.Option(
+        "--graphs/--no-graphs",
+        help="Replay the model's work as CUDA graphs; on CUDA devices if unsaid.",
+        rich_help_panel=SPEED,
+    ),
+]
+
 FP8_PRODUCTS = "fp8_matrix_mult"
 ELSEWHERE = ("fp16_accumulation", "cublas_ops", "autotune")  # what else ComfyUI's --fast takes
 
@@ -98,6 +121,9 @@ def settings(
     text_enc_e4m3fn: bool,
     text_enc_e5m2: bool,
     supports_fp8_compute: bool,
+    attention: str | None = None,
+    compile: bool = False,
+    graphs: bool | None = None,
 ) -> dict[str, Any]:
     """The options as `octavo.load` takes them."""
     return {
@@ -108,6 +134,9 @@ def settings(
         "backend": backend,
         "measure": measure,
         "retry_bf16": retry_bf16,
+        "attention": attention,
+        "compile": compile,
+        "graphs": graphs,
     }
 
 

@@ -28,6 +28,7 @@ from octavo.pipeline.controlnets import ControlNets
 from octavo.pipeline.encode import TextEncoders
 from octavo.pipeline.loras import Loras
 from octavo.pipeline.placing import Budget, Placing, budget_of
+from octavo.placement.running import Running
 from octavo.placement.work import Work
 from octavo.text.tokenizers import EncoderTokenizer, Tokenizers
 from octavo.text.vocabulary import Vocabulary, clip_vocabulary, read_vocabulary, t5_vocabulary
@@ -58,6 +59,9 @@ def load(
     backend: str | None = None,
     measure: bool | None = None,
     retry_bf16: bool = False,
+    attention: str | None = None,
+    compile: bool | str = False,
+    graphs: bool | None = None,
     vram: str | int | Budget | None = None,
     make_part: PartMaker = Part,
     loras: Loras | None = None,
@@ -83,6 +87,10 @@ def load(
             not given, on CUDA devices only.
         retry_bf16: where an FP8 layer of the model gives NaN or infinity, warn, let it multiply in bfloat16 or float32
             from then on, and repeat the step; else such a number is an error.
+        attention: name of the way in which the model attends (see `octavo.placement.attention.ATTENTION_BACKENDS`); by
+            measured times among the exact ones when not given, among all with `fast`.
+        compile: let torch.compile make code of the model's blocks: True for inductor, or another backend's name.
+        graphs: replay the model's work as CUDA graphs; when not given, on CUDA devices.
         vram: how much of the device's memory may be used: "6GB", "80%" or bytes; what is free on a CUDA device when not
             given. What does not fit comes and goes, or passes through block by block; the pictures stay the same. On a
             CPU it is followed as well, for tests: there it only costs.
@@ -92,8 +100,8 @@ def load(
     Raises:
         ModelNotFoundError: a file is not there; says what to download and where to put it.
         CheckpointError: a file is damaged, of another kind, or does not belong to the others.
-        RequestError: no such device, dtype, format or backend, or a backend that no layer of the model can use; or
-            `vram` is no size.
+        RequestError: no such device, dtype, format, backend or attention, or one that cannot serve here; or `vram` is
+            no size.
         PlacementError: `vram` does not suffice for any picture.
     """
     arithmetic = Arithmetic(
@@ -102,6 +110,7 @@ def load(
         measure=measure,
         assume_fp8_compute=supports_fp8_compute,
         force=format_called(force_fp8),
+        running=Running(attention=attention, compile=compile, graphs=graphs),
     )
     of_encoders = replace(arithmetic, force=format_called(force_fp8_text_encoders))
     folders = Folders.standard(None if models_dir is None else Path(models_dir))
@@ -119,6 +128,8 @@ def load(
     if mmdit.refused is not None:
         raise RequestError(f"'{path.name}': {mmdit.refused}")
     config = cast(MMDiTConfig, mmdit.config)
+    if why := arithmetic.running.refusal(chosen_device, chosen_dtype, config.width // config.heads):
+        raise RequestError(f"'{path.name}': {why}.")
 
     # The embedded model and the released ones never lend each other parts, whatever their files are called.
     own_tree = Folders.standard(EMBEDDED, environment={}, working_dir=EMBEDDED) if embedded else folders

@@ -33,6 +33,7 @@ from octavo.pipeline.preview import preview
 from octavo.pipeline.request import Lora
 from octavo.pipeline.room import Room
 from octavo.pipeline.text_cache import TextCache
+from octavo.placement.running import Running
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +120,9 @@ class LoadSettings:
     backend: str | None = None
     measure: bool | None = None
     retry_bf16: bool = False
+    attention: str | None = None
+    compile: bool | str = False
+    graphs: bool | None = None
     vram: str | int | None = None  # of all models together
     text_cache_bytes: int = field(default=256 << 20)
 
@@ -148,12 +152,16 @@ class Shelf:
         self.dtype = pick_dtype(self.settings.dtype, self.device)
         self._room: Room[Hashable] = Room(self.device, budget_of(self.settings.vram, self.device))
         self.texts = TextCache(self.settings.text_cache_bytes)
+        running = Running(attention=self.settings.attention, compile=self.settings.compile, graphs=self.settings.graphs)
+        if why := running.refusal(self.device, self.dtype):  # now, rather than at the first request
+            raise RequestError(f"{why}.")
         self._arithmetic = Arithmetic(
             mode="fast" if self.settings.fast else "fp8",
             backend=self.settings.backend,
             measure=self.settings.measure,
             assume_fp8_compute=self.settings.supports_fp8_compute,
             force=format_called(self.settings.force_fp8),
+            running=running,
         )
         self._of_encoders = replace(self._arithmetic, force=format_called(self.settings.force_fp8_text_encoders))
         # Names come over the network: nothing outside of the tree can be named.

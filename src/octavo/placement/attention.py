@@ -331,7 +331,8 @@ class Attending:
         taken = choose_attention(case, wanted=self.wanted, measure=timings or self.measure, backends=self.backends)
         if timings is not None:
             timings.save()
-        told = "".join(f"\n  not {name}: {why}" for name, why in taken.reasons.items())
+        reasons = {} if self.wanted is not None else taken.reasons  # the same for each of them: it was asked for
+        told = "".join(f"\n  not {name}: {why}" for name, why in reasons.items())
         logger.info("Attention of %d×%d tokens: %s%s", queries, k.shape[1], taken.backend.name, told)
         return taken
 

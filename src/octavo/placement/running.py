@@ -18,6 +18,8 @@ from octavo.placement.attention import Attending, Case, attention_called, choose
 from octavo.placement.compiled import INDUCTOR, compile_blocks, compile_refusal
 from octavo.placement.graphs import Seam, capture
 
+HEAD_WIDTH = 64  # of all released models
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Running:
@@ -36,7 +38,7 @@ class Running:
         """The backend of torch.compile, if it is wanted."""
         return INDUCTOR if self.compile is True else self.compile or None
 
-    def refusal(self, device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    def refusal(self, device: torch.device, dtype: torch.dtype, width: int = HEAD_WIDTH) -> str | None:
         """Why what was asked for cannot be done on `device`; None where it can.
 
         Args:

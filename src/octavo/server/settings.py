@@ -18,6 +18,8 @@ PREFIX = "OCTAVO_"
 LOADING: Mapping[str, type] = {
     "device": str, "dtype": str, "tiled_vae": bool, "vae": str, "text_encoders": tuple, "fast": bool, "force_fp8": str,
     "force_fp8_text_encoders": str, "supports_fp8_compute": bool, "backend": str, "measure": bool, "retry_bf16": bool,
+    "vram": str,
+    "attention": str, "compile": bool, "graphs": bool,
 }  # fmt: skip
 # Settings known by another name too; $OCTAVO_MODELS is what every command reads.
 SPELLINGS = {
