@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from octavo.cli import memory
 from octavo.cli.generate import parse_size
 from octavo.errors import MissingExtraError, RequestError
 
@@ -91,6 +92,7 @@ def evaluate(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the fastest if unsaid.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; what suits the device.")] = None,
+    vram: memory.Vram = None,
     quiet: Quiet = False,
 ) -> None:
     """Compare models by the same prompts and seeds, and write a report."""
@@ -102,6 +104,7 @@ def evaluate(
     require_torchmetrics()
     loading = {
         "models_dir": models_dir, "text_encoders": text_encoder or (), "vae": vae, "device": device, "dtype": dtype,
+        "vram": memory.allowed(vram, device),
     }  # fmt: skip
     columns = [parse_column(model, **loading) for model in models]
     first = columns[0]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from octavo.cli import arithmetic
+from octavo.cli import arithmetic, memory
 from octavo.cli.log import show_log
 from octavo.errors import RequestError
 
@@ -147,6 +147,7 @@ def generate(
     fast: arithmetic.Fast = False,
     force_fp8: arithmetic.ForceFp8 = False,
     force_fp8_text_encoders: arithmetic.ForceFp8TextEncoders = False,
+    vram: memory.Vram = None,
     backend: arithmetic.BackendName = None,
     measure: arithmetic.Measure = None,
     retry_bf16: arithmetic.RetryBf16 = False,
@@ -155,6 +156,9 @@ def generate(
     text_enc_e4m3fn: arithmetic.TextEncE4m3fn = False,
     text_enc_e5m2: arithmetic.TextEncE5m2 = False,
     supports_fp8_compute: arithmetic.SupportsFp8Compute = False,
+    attention: arithmetic.AttentionName = None,
+    compile: arithmetic.Compile = False,
+    graphs: arithmetic.Graphs = None,
 ) -> None:
     """Draw pictures from words."""
     from rich.console import Console
@@ -190,6 +194,7 @@ def generate(
             device=device,
             dtype=dtype,
             tiled_vae=tiled_vae,
+            vram=memory.allowed(vram, device),
             **arithmetic.settings(
                 fast=fast,
                 force_fp8=force_fp8,
@@ -202,6 +207,9 @@ def generate(
                 text_enc_e4m3fn=text_enc_e4m3fn,
                 text_enc_e5m2=text_enc_e5m2,
                 supports_fp8_compute=supports_fp8_compute,
+                attention=attention,
+                compile=compile,
+                graphs=graphs,
             ),
         )
     console.print(components.headline)

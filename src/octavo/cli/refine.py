@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from octavo.cli import arithmetic
+from octavo.cli import arithmetic, memory
 from octavo.cli.generate import lora_called, parse_size, progress_bar
 from octavo.errors import RequestError
 
@@ -74,6 +74,7 @@ def refine(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16; what suits the device.", rich_help_panel=MODEL)
     ] = None,
+    vram: memory.Vram = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the path.")] = False,
     fast: arithmetic.Fast = False,
     force_fp8: arithmetic.ForceFp8 = False,
@@ -121,6 +122,7 @@ def refine(
             dtype=dtype,
             fast=fast,
             force_fp8=force_fp8,
+            vram=memory.allowed(vram, device),
         )
     console.print(components.headline)
     for remark in dict.fromkeys([*components.warnings, *components.remarks(request.prompt)]):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from octavo.cli import arithmetic
+from octavo.cli import arithmetic, memory
 from octavo.errors import RequestError
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def serve(
     fast: arithmetic.Fast = False,
     force_fp8: arithmetic.ForceFp8 = False,
     force_fp8_text_encoders: arithmetic.ForceFp8TextEncoders = False,
+    vram: memory.Vram = None,
     backend: arithmetic.BackendName = None,
     measure: arithmetic.Measure = None,
     retry_bf16: arithmetic.RetryBf16 = False,
@@ -126,6 +127,9 @@ def serve(
     text_enc_e4m3fn: arithmetic.TextEncE4m3fn = False,
     text_enc_e5m2: arithmetic.TextEncE5m2 = False,
     supports_fp8_compute: arithmetic.SupportsFp8Compute = False,
+    attention: arithmetic.AttentionName = None,
+    compile: arithmetic.Compile = False,
+    graphs: arithmetic.Graphs = None,
 ) -> None:
     """Serve pictures: ComfyUI's page and API, AUTOMATIC1111's and OpenAI's APIs, and a page of our own."""
     from rich.console import Console
@@ -144,6 +148,9 @@ def serve(
         text_enc_e4m3fn=text_enc_e4m3fn,
         text_enc_e5m2=text_enc_e5m2,
         supports_fp8_compute=supports_fp8_compute,
+        attention=attention,
+        compile=compile,
+        graphs=graphs,
     )
     given = {
         "model": model, "host": host, "port": port, "api_keys": _several(api_key), "allow_anonymous": allow_anonymous,
@@ -152,7 +159,7 @@ def serve(
         "output_dir": output_dir, "input_dir": input_dir, "workers": workers, "queue_limit": queue_limit,
         "max_pixels": max_pixels, "max_upload_pixels": max_upload_pixels, "max_body": max_body,
         "body_timeout": body_timeout, "job_timeout": job_timeout, "log_format": log_format, "log_level": log_level,
-        "device": device, "dtype": dtype, "tiled_vae": tiled_vae, "vae": vae, "text_encoders": _several(text_encoder),
+        "device": device, "dtype": dtype, "tiled_vae": tiled_vae, "vram": vram, "vae": vae, "text_encoders": _several(text_encoder),
         # A flag that is not given says nothing, so that the file may.
         **{name: value for name, value in loading.items() if value is not False},
     }  # fmt: skip

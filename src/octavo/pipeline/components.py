@@ -31,6 +31,7 @@ from octavo.pipeline.fusing import fuse_steps
 from octavo.pipeline.latents import FACTOR
 from octavo.pipeline.placing import Placing
 from octavo.pipeline.preview import preview
+from octavo.placement.graphs import captured_by
 from octavo.placement.movers import mover_for
 from octavo.placement.plan import Stay
 from octavo.placement.running import Running, attend, start
@@ -164,6 +165,8 @@ class Part(Generic[M]):
         with self._loading:
             self.needs = self.nbytes if needs is None else needs
             if self._model is not None:
+                if (captured := captured_by(self._model)) is not None:
+                    captured.drop("the weights move")
                 placed = placed_on(self._model)
                 if placed is not None:
                     placed.move(stay, modulation_streamed=modulation_streamed)

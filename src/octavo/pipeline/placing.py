@@ -191,6 +191,20 @@ class Budget:
     named: bool = False  # by the user: what needs more is refused
 
 
+def check_vram(vram: str, device: torch.device) -> None:
+    """Refuse what a user cannot mean.
+
+    Raises:
+        RequestError: the device is a CPU, whose memory is the machine's; or it is no size.
+    """
+    if device.type == "cpu":
+        raise RequestError(
+            f"--vram {vram} is about a GPU's memory, and this draws on the CPU, where weights that come and go would "
+            "only cost time. Leave it out; FP8 files and --force-fp8 are what saves memory here."
+        )
+    parse_bytes(vram, total=None if device.type != "cuda" else torch.cuda.get_device_properties(device).total_memory)
+
+
 def budget_of(vram: str | int | Budget | None, device: torch.device) -> Budget | None:
     """How much of the device's memory may be used; None where nobody plans it.
 
