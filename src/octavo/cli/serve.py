@@ -159,7 +159,8 @@ def serve(
         "output_dir": output_dir, "input_dir": input_dir, "workers": workers, "queue_limit": queue_limit,
         "max_pixels": max_pixels, "max_upload_pixels": max_upload_pixels, "max_body": max_body,
         "body_timeout": body_timeout, "job_timeout": job_timeout, "log_format": log_format, "log_level": log_level,
-        "device": device, "dtype": dtype, "tiled_vae": tiled_vae, "vram": vram, "vae": vae, "text_encoders": _several(text_encoder),
+        "device": device, "dtype": dtype, "tiled_vae": tiled_vae, "vram": vram, "vae": vae,
+        "text_encoders": _several(text_encoder),
         # A flag that is not given says nothing, so that the file may.
         **{name: value for name, value in loading.items() if value is not False},
     }  # fmt: skip
