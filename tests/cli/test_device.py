@@ -11,6 +11,7 @@ from octavo.cli import main as cli
 from octavo.fp8 import BACKENDS
 from octavo.fp8 import survey as fp8_survey
 from octavo.fp8.survey import SHAPES, Shape
+from octavo.placement.attention import ATTENTION_BACKENDS
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -84,3 +85,18 @@ def test_what_cannot_be_told_is_said(run: Run, words: list[str], message: str) -
     code, _, err = run(*words)
     assert code == 2
     assert message in err
+
+
+def test_every_way_to_attend_is_told_with_its_error_or_why_it_is_of_no_use(run: Run) -> None:
+    _, out, _ = run("--device", "cpu")
+    for way in ATTENTION_BACKENDS:
+        assert f"\n{way.name} " in out
+    assert "triton-fp8: runs on cuda, this is cpu." in out
+    assert "--graphs: not here: CUDA graphs need a CUDA device, this is cpu." in out
+    assert "--compile: " in out
+    _, out, _ = run("--device", "cpu", "--json")
+    ways = {way["name"]: way for way in json.loads(out)["attention"]}
+    assert set(ways) == {way.name for way in ATTENTION_BACKENDS}
+    assert ways["sdpa"]["chosen"] == ["exact", "fast"]
+    assert ways["triton-fp8"]["fast"] == "runs on cuda, this is cpu"
+    assert all(way["milliseconds"] is None for way in ways.values())

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from octavo.fp8.survey import Finding
+    from octavo.placement.survey import AttentionFinding
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -19,6 +20,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     from octavo.devices import device_name, free_bytes, pick_dtype
     from octavo.fp8.needs import dtype_name
     from octavo.fp8.timing import cache_folder
+    from octavo.placement.survey import starting
 
     facts: dict[str, Any] = {
         "device": str(device),
@@ -27,6 +29,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "dtype": dtype_name(pick_dtype(None, device)),
         "torch": torch.__version__,
         "cache": str(cache_folder()),
+        "steps": starting(device),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -41,14 +44,16 @@ def machine(device: torch.device) -> dict[str, Any]:
     return facts
 
 
-def as_json(facts: dict[str, Any], findings: list[Finding]) -> dict[str, Any]:
+def as_json(facts: dict[str, Any], findings: list[Finding], ways: list[AttentionFinding]) -> dict[str, Any]:
     """The whole page."""
+    from dataclasses import asdict
+
     from octavo.fp8.survey import SHAPES
 
     shapes = [{"what": shape.what, "M": shape.M, "K": shape.K, "N": shape.N} for shape in SHAPES]
     fields = ("name", "about", "needs", "exact", "fast", "chosen", "milliseconds")
     backends = [{field: getattr(finding, field) for field in fields} for finding in findings]
-    return {**facts, "shapes": shapes, "backends": backends}
+    return {**facts, "shapes": shapes, "backends": backends, "attention": list(map(asdict, ways))}
 
 
 def page(facts: dict[str, Any], findings: list[Finding]) -> list[RenderableType]:
@@ -96,7 +101,29 @@ def page(facts: dict[str, Any], findings: list[Finding]) -> list[RenderableType]
     return lines
 
 
-def _use(finding: Finding, mode: str) -> str:
+def attention_page(facts: dict[str, Any], ways: list[AttentionFinding]) -> list[RenderableType]:
+    """Ways to attend, for people, and what makes steps start faster."""
+    from rich.table import Table
+    from rich.text import Text
+
+    timed = any(way.milliseconds is not None for way in ways)
+    heads = ("attention", "what it does", "error", "exact", "--fast", *(["ms"] if timed else []), "needs")
+    table = Table(*heads, box=None, pad_edge=False, header_style="dim")
+    for way in ways:
+        error = "" if way.error is None else f"{way.error:.1%}"
+        times = [_time(way.milliseconds)] if timed else []
+        uses = (_use(way, "exact"), _use(way, "fast"))
+        table.add_row(Text(way.name, "bold"), way.about, error, *uses, *times, Text(way.needs, "dim"))
+    reasons = [Text(f"{way.name}: {way.fast}.", "dim") for way in ways if way.fast is not None]
+    options = [
+        Text(f"{option}: {'usable' if why is None else f'not here: {why}'}.") for option, why in facts["steps"].items()
+    ]
+    lines: list[RenderableType] = ["", table, ""]
+    lines += ["Not usable here:", *reasons, ""] if reasons else []
+    return [*lines, *options]
+
+
+def _use(finding: Finding | AttentionFinding, mode: str) -> str:
     if getattr(finding, mode) is not None:
         return ""
     return "taken" if mode in finding.chosen else "usable"

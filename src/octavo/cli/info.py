@@ -59,16 +59,19 @@ def _tell_device(name: str, dtype: str | None, measure: bool, as_json: bool) -> 
     from rich.console import Console, Group
 
     from octavo.cli.device import as_json as to_json
-    from octavo.cli.device import machine, page
+    from octavo.cli.device import attention_page, machine, page
     from octavo.devices import pick_device, pick_dtype
     from octavo.fp8 import survey
+    from octavo.placement.survey import survey_attention
 
     chosen = pick_device(name)
-    facts, findings = machine(chosen), survey(chosen, pick_dtype(dtype, chosen), measure=measure)
+    computes = pick_dtype(dtype, chosen)
+    facts, findings = machine(chosen), survey(chosen, computes, measure=measure)
+    ways = survey_attention(chosen, computes, measure=measure)
     if as_json:
-        print(json.dumps(to_json(facts, findings), indent=1))
+        print(json.dumps(to_json(facts, findings, ways), indent=1))
     else:
-        Console().print(Group(*page(facts, findings)), highlight=False)
+        Console().print(Group(*page(facts, findings), *attention_page(facts, ways)), highlight=False)
 
 
 def _page(description: Description) -> list[RenderableType]:
