@@ -16,6 +16,7 @@ from octavo.engine.batch import Batcher
 from octavo.engine.metrics import Metrics
 from octavo.errors import NumericsError, ShutdownError
 from octavo.pipeline.run import Run, Step, solve
+from octavo.pipeline.speed import Speed
 from octavo.sampling import SAMPLERS
 from tests.engine.fake_model import BAD, FakeModel, Loaded, a_run, prompt
 
@@ -117,11 +118,33 @@ def test_texts_of_unlike_lengths_share_calls(batcher: Batcher, pool: ThreadPoolE
     model = FakeModel()
     part = Loaded(model)
     runs = [a_run(part, steps=5, text=prompt(0.3, tokens=7)), a_run(part, steps=4, seed=1)]
-    alone = [solve(run, quiet) for run in runs]
-    model.calls.clear()
     together = [future.result(PATIENCE) for future in in_company(batcher, pool, model, runs)]
-    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
     assert model.calls == [1, 2, 2, 2, 2]
+    assert all(torch.equal(solve(run, quiet), found) for run, found in zip(runs, together, strict=True))
+
+
+def test_forecast_evaluations_take_no_turn_and_are_counted(pool: ThreadPoolExecutor) -> None:
+    """A run at speed beside an exact one: each ends as it does alone, and what is forecast needs no call."""
+    model, metrics = FakeModel(), Metrics()
+    part = Loaded(model)
+    quick = replace(a_run(part, steps=12, seed=1), speed=Speed(name="some", tolerance=1e9, most=2))
+    batcher = Batcher(metrics=metrics)
+    try:
+        runs = [quick, a_run(part, steps=12, seed=2)]
+        steps: list[Step] = []
+        with held(model):
+            futures = [pool.submit(batcher.solve, quick, steps.append)]
+            assert model.started.acquire(timeout=PATIENCE)
+            futures.append(pool.submit(batcher.solve, runs[1], quiet))
+            wait_for(lambda: batcher.busy == len(runs))
+        together = [future.result(PATIENCE) for future in futures]
+    finally:
+        batcher.close()
+    assert steps[-1].forecast == 6  # evaluations 1, 2, 3 and 6, 9 and the last are the model's
+    assert model.calls == [1, 2, 2, 2, 2, 2, *[1] * 7]
+    assert "octavo_evaluations_forecast_total 6.0" in metrics.render().decode()
+    assert "octavo_steps_total 18.0" in metrics.render().decode()
+    assert all(torch.equal(solve(run, quiet), found) for run, found in zip(runs, together, strict=True))
 
 
 def test_a_budget_of_tokens_bounds_a_turn(pool: ThreadPoolExecutor) -> None:

@@ -236,21 +236,24 @@ class Batcher:
             return
         self._budget.went_well()
         self._seats = [seat for seat in self._seats if seat not in chosen]
-        tokens = sum(seat.tokens for seat in chosen)
+        tokens, forecast = sum(seat.tokens for seat in chosen), 0
         for seat, answer in zip(chosen, answers, strict=True):
             if isinstance(answer, Exception):
                 seat.fail(answer)
                 continue
+            forecast -= seat.walk.step.forecast
             try:
                 seat.walk.answer(answer)
             except Exception as error:
                 seat.fail(error)
             else:
                 self._return(seat)
+            forecast += seat.walk.step.forecast
         seconds = perf_counter() - start
         self._turns.turn_took(seconds)
         if self._metrics:
             self._metrics.turn(len(chosen), tokens, seconds)
+            self._metrics.forecast(forecast)
 
     def _answers(self, chosen: list[Seat]) -> list[Guided | Exception] | Short:
         """The model's answers, or each run's own failure; `Short` where fewer questions might do."""

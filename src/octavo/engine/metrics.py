@@ -50,6 +50,11 @@ class Metrics:
             "octavo_requests", "Requests by API and what became of them", ["api", "state"], registry=to
         )
         self._steps = Counter("octavo_steps", "Questions of samplers that were answered", registry=to)
+        self._forecast = Counter(
+            "octavo_evaluations_forecast",
+            "Evaluations that a speed level forecast, which no turn was needed for",
+            registry=to,
+        )
         self._tokens = Counter("octavo_tokens", "Tokens that went through the model, over all rows", registry=to)
         self._batch = Histogram("octavo_batch_size", "Runs that shared one turn", buckets=_RUNS, registry=to)
         self._turns = Histogram(
@@ -78,6 +83,10 @@ class Metrics:
         self._batch.observe(questions)
         self._tokens.inc(tokens)
         self._turns.observe(seconds)
+
+    def forecast(self, evaluations: int) -> None:
+        """Count evaluations that were forecast instead of asking the model."""
+        self._forecast.inc(evaluations)
 
     def seconds(self, stage: str, seconds: float) -> None:
         """Count what a request spent on a stage."""

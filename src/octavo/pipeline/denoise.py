@@ -110,6 +110,11 @@ class Question:
         return sum(len(self.x) * row.tokens for row in _rows_of(0, self))
 
     @property
+    def heeds(self) -> tuple[object, ...]:
+        """What the answer depends on beside x and sigma; equal for two questions of a run that ask for the same."""
+        return tuple((row.which, row.placed, row.controls) for row in _rows_of(0, self))
+
+    @property
     def shapes(self) -> set[tuple[object, ...]]:
         """What of it can share a model call with another question of the same model: that which has an equal shape."""
         return {row.shape for row in _rows_of(0, self)}
@@ -231,7 +236,8 @@ def _rows_of(index: int, question: Question) -> Iterator[_Row]:
 
 def _evaluate(mmdit: MMDiT, rows: Sequence[_Row], most: int | None) -> list[Tensor]:
     """One call of the model for rows of like shape, several where `most` is less: velocities, in the dtype of `x`."""
-    latents, contexts, modulations, sigmas = [], [], [], []
+    latents, modulations, sigmas = [], [], []
+    contexts: list[Tensor] = []
     for row in rows:
         context = row.placed.conditioning.context
         latents.append(row.x.to(context.dtype))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from octavo.devices import whole_processor
 from octavo.pipeline.components import Components
-from octavo.pipeline.decode import OVERLAP, TILE, decode_as_fits, to_uint8
+from octavo.pipeline.decode import OVERLAP, decode, decode_as_fits, to_uint8
 from octavo.pipeline.denoise import Track
 from octavo.pipeline.editing import Source, source_of
 from octavo.pipeline.encode import Conditioning, TextEncoders, encode
@@ -23,6 +23,9 @@ from octavo.pipeline.image import Picture
 from octavo.pipeline.latents import latent_shape, latents_of, mask_of
 from octavo.pipeline.request import GenerateRequest, Job, resolve
 from octavo.pipeline.run import Inpaint, Run, Solve, Step, inpaint_noise, solve
+from octavo.pipeline.sparing import sparing
+from octavo.pipeline.speed import speed_called
+from octavo.placement.work import Work
 from octavo.sampling import ClassifierFree, Guidance, get_sampler, schedule
 from octavo.sampling.flow import add_noise
 from octavo.sampling.noise import initial_noise
@@ -80,7 +83,7 @@ def generate_each(
     watch: Watcher | None = None,
     solve: Solve = solve,
     encode: Encode = encode,
-    on_device: OnDevice = at_once,
+    on_device: OnDevice | None = None,
 ) -> Iterator[Picture]:
     """`generate`, one picture at a time as they are finished.
 
@@ -90,10 +93,14 @@ def generate_each(
     Args:
         solve: who asks the model; an engine's answers many requests at once.
         encode: who turns prompts into conditioning.
-        on_device: who does the rest of the work: what comes before and after the steps.
+        on_device: who does the rest of the work: what comes before and after the steps; here and now, under smaller and
+            smaller memory plans where memory is short, if None.
     """
     job = resolve(request, components.preset, model=components.name, max_side=components.max_side)
     watch = watch or (lambda _progress: None)
+    if on_device is None:
+        what = f"a picture of {job.width}x{job.height} pixels"
+        on_device = partial(sparing, smaller=components.smaller, what=what)
     watch(Progress("encode", 0, job.batch))
     track = on_device(partial(prepare, components, job, encode=encode))
     for i in range(job.batch):
@@ -133,16 +140,21 @@ def prepare(components: Components, job: Job, *, encode: Encode = encode) -> Tra
         scale=job.guidance_scale, rescale=job.guidance_rescale, start=job.guidance_start, end=job.guidance_end
     )
     guidance = Guidance(classifier_free=free, skip_layers=job.skip_layer_guidance)
+    sides = 2 if free.scale != 1 or get_sampler(job.sampler).needs_uncond else 1
+    work = Work(width=job.width, height=job.height, steps=job.steps, rows=sides, prompts=sides)
+    components.fit(work)
     stack = components.stack(job.loras)
     text = components.text.adapted({kind: applied for kind, applied in stack.items() if kind != "mmdit"})
     negative = None
-    if free.scale != 1 or get_sampler(job.sampler).needs_uncond:
+    if sides == 2:
         negative = encode(text, spoken(job.negative_prompt), job.clip_skip).to(device, dtype)
     positive = encode(text, spoken(job.prompt), job.clip_skip).to(device, dtype)
     controls = components.controls(job.controls, job.width, job.height)
+    tokens = max(each.context.shape[1] for each in (positive, negative) if each is not None)
+    components.fit(replace(work, tokens=tokens), controls)
     for control in controls:  # while the VAE is needed anyway, or before there is anything beside it
         control.hint(latent_shape(job.width, job.height)[-2:])
-    components.make_room_for(components.mmdit, *components.encoders)
+    components.make_room_for(components.mmdit, *components.encoders, *([components.vae] if controls else []))
     return Track.of(positive, negative, guidance, job.shift, stack.get("mmdit", ()), controls)
 
 
@@ -159,6 +171,7 @@ def start(components: Components, job: Job, track: Track) -> Run:
     source = source_of(job)
     if source is not None:
         latents = latents_of(source.image, components.vae(), width=job.width, height=job.height).to(noise)
+        components.done(components.vae)
     if source is not None and source.mask is not None:
         mask = mask_of(source.mask, width=job.width, height=job.height).to(noise)
         inpaint = Inpaint(mask=mask, latents=latents, noise=inpaint_noise(sampler, noise, job.seed))
@@ -172,6 +185,8 @@ def start(components: Components, job: Job, track: Track) -> Run:
         seed=job.seed,
         inpaint=inpaint,
         retry_bf16=components.retry_bf16,
+        speed=speed_called(job.speed),
+        smaller=components.smaller,
     )
 
 
@@ -180,7 +195,9 @@ def start(components: Components, job: Job, track: Track) -> Run:
 def finish(components: Components, job: Job, latents: Tensor) -> Image.Image:
     """From latents to pixels."""
     components.make_room_for(components.vae, components.mmdit)
-    tile = TILE if components.wants_tiles(job.width, job.height) else None
-    pixels = to_uint8(decode_as_fits(components.vae(), latents, tile=tile, overlap=OVERLAP))
+    # Tiles change a picture a little: under a memory plan they are the last rung, after all that leaves it as it is.
+    decoded = decode_as_fits if components.at_last else decode
+    pixels = to_uint8(decoded(components.vae(), latents, tile=components.tile(job.width, job.height), overlap=OVERLAP))
+    components.done(components.vae)
     drawn = Image.fromarray(pixels[0].cpu().numpy())
     return drawn if job.outpaint is None else cast(Source, source_of(job)).kept(drawn)

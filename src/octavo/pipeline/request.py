@@ -14,6 +14,7 @@ from octavo.checkpoint.presets import Preset
 from octavo.errors import RequestError
 from octavo.pipeline.control_request import ControlImage
 from octavo.pipeline.editing import check_editing, outpainted_size
+from octavo.pipeline.speed import EXACT, speed_called
 from octavo.sampling import get_sampler, get_schedule
 from octavo.sampling.guidance import SkipLayerGuidance
 from octavo.text.lora_tags import split_tags
@@ -69,6 +70,7 @@ class GenerateRequest:
     guidance_rescale: float = 0.0  # how far guided predictions go back to the conditional one's contrast, 0 to 1
     guidance_start: float = 0.0  # fraction of the steps before which there is no guidance
     guidance_end: float = 1.0  # fraction of the steps after which there is no guidance
+    speed: str | None = None  # exact, or closeness to it given for time: balanced, fast; see `pipeline.speed`
     clip_skip: int = 2  # which of CLIP's last layers is read
     model: str | None = None  # for the record: what drew it
     version: str = __version__
@@ -90,6 +92,8 @@ class GenerateRequest:
             raise RequestError(
                 f"guidance from {self.guidance_start} to {self.guidance_end}: need 0 <= start < end <= 1."
             )
+        if self.speed is not None:
+            speed_called(self.speed)
         for side in ("width", "height"):
             pixels = getattr(self, side)
             if pixels is not None and (pixels < 16 or pixels % 16):
@@ -171,6 +175,7 @@ class Job(GenerateRequest):
     schedule: str
     shift: float
     seed: int
+    speed: str
     model: str
 
 
@@ -204,6 +209,7 @@ def resolve(request: GenerateRequest, preset: Preset, *, model: str, max_side: i
         "shift": request.shift or preset.shift,
         "seed": secrets.randbelow(2**32) if request.seed is None else request.seed,
         "skip_layer_guidance": request.skip_layer_guidance or preset.skip_layer_guidance,
+        "speed": request.speed or EXACT.name,
         "model": model,
         "version": __version__,
     }

@@ -5,8 +5,10 @@ its result. `solve` is the plain loop, one run alone; an engine that answers the
 the same signature, so those who want latents need not know which of them serves.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +20,14 @@ from octavo.fp8 import all_finite
 from octavo.models import MMDiT
 from octavo.pipeline.denoise import Question, Track, make_tables
 from octavo.pipeline.finite import denoise_finite
+from octavo.pipeline.sparing import Smaller, nothing_to_give, sparing
+from octavo.pipeline.speed import EXACT, Forecast, Speed
 from octavo.pipeline.tables import Tables
 from octavo.sampling import Guided, SamplerSpec, initial_noise
 from octavo.sampling.flow import add_noise
 from octavo.sampling.noise import SEEDS, for_run
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -56,19 +62,22 @@ class Run:
     seed: int  # of the noise that the sampler draws
     inpaint: Inpaint | None = None
     retry_bf16: bool = False  # see `finite.denoise_finite`
+    speed: Speed = EXACT
+    smaller: Smaller = nothing_to_give  # asked where memory is short, before an evaluation is tried again
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
     """How far a run is."""
 
-    done: int  # evaluations of the model
+    done: int  # evaluations, of the model or forecast
     total: int  # in all; 0 where the sampler chooses as it goes
     denoised: Tensor | None = None  # the estimate [B, 16, h, w] of the last evaluation; None before the first
+    forecast: int = 0  # evaluations that did not ask the model, see `speed`
 
 
 Watch = Callable[[Step], None]
-"""Told of the start of a run and of every evaluation; what it raises stops the run."""
+"""Told of the start of a run and after every evaluation of the model; what it raises stops the run."""
 
 Solve = Callable[[Run, Watch], Tensor]
 """From a run to the latents [B, 16, h, w] it ends in: the seam between who wants them and who owns the device.
@@ -89,16 +98,22 @@ def solve(run: Run, watch: Watch, *, cache: Tables | None = None) -> Tensor:
 
     Raises:
         NumericsError: the model or the sampler gave NaN or infinity.
+        OutOfMemoryError: memory does not suffice, whatever `run.smaller` gave up.
         RequestError: a condition's area lies outside of the latents.
     """
     with torch.inference_mode(), whole_processor():
-        walk = Walk(run, cache=cache)
+        what = f"latents {list(run.x.shape)}"
+        walk = sparing(lambda: Walk(run, cache=cache), run.smaller, what)
         watch(walk.step)
-        while walk.question is not None:
-            evaluation = walk.step.done + 1
-            walk.answer(denoise_finite(run.mmdit(), walk.question, evaluation=evaluation, retry_bf16=run.retry_bf16))
+        while (question := walk.question) is not None:
+            ask = partial(_ask, run, question, walk.step.done + 1)
+            walk.answer(sparing(ask, run.smaller, what))
             watch(walk.step)
         return walk.result
+
+
+def _ask(run: Run, question: Question, evaluation: int) -> Guided:
+    return denoise_finite(run.mmdit(), question, evaluation=evaluation, retry_bf16=run.retry_bf16)
 
 
 class Walk:
@@ -107,7 +122,7 @@ class Walk:
     Attributes:
         run: what is walked.
         question: to be answered next; None at the end.
-        step: how far it is.
+        step: how far it is. Evaluations that are forecast pass by: the question is always one for the model.
     """
 
     def __init__(self, run: Run, *, cache: Tables | None = None) -> None:
@@ -129,16 +144,33 @@ class Walk:
         guided = [Question(run.x, sigma, self._track, sampler.needs_uncond).passes for sigma in calls]
         make_tables(mmdit, self._track, calls, negative=any("uncond" in passes for passes in guided), cache=cache)
         self.step = Step(0, len(calls))
+        self._forecast = Forecast.of(run.speed, len(calls))
         noise = for_run(sampler, run.x, sigmas, run.seed)
         self._sampler = sampler(run.x, sigmas, noise=noise, shift=run.track.shift)
         self._advance(lambda: next(self._sampler))
 
     def answer(self, guided: Guided) -> None:
-        """Go on with the answer to `question`, to the next one or to the result."""
+        """Go on with the answer to `question`, to the next one for the model or to the result."""
+        question = self.question
+        assert question is not None, "the run is over"
+        if self._forecast is None:
+            self._take(guided)
+            return
+        self._forecast.learn(question, guided)
+        self._take(guided)
+        while (question := self.question) is not None:
+            foretold = self._forecast.answer(question, self.step.done)
+            if foretold is None:
+                return
+            self._take(foretold, forecast=1)
+        name, self._forecast = self.run.speed.name, None
+        logger.info("%d of %d evaluations were forecast (speed '%s').", self.step.forecast, self.step.done, name)
+
+    def _take(self, guided: Guided, *, forecast: int = 0) -> None:
         denoised = guided.denoised
         if self.run.inpaint is not None:
             denoised = self.run.inpaint.answer(denoised)
-        self.step = Step(self.step.done + 1, self.step.total, denoised)
+        self.step = Step(self.step.done + 1, self.step.total, denoised, self.step.forecast + forecast)
         needs_uncond = self.run.sampler.needs_uncond
         reply = Guided(denoised, guided.uncond) if needs_uncond else denoised
         self._advance(lambda: self._sampler.send(reply))
