@@ -29,11 +29,12 @@ from torch import nn
 
 from benchmarks.common import in_own_process, peak_memory, report
 from octavo.checkpoint.save import Writer, save_safetensors
-from octavo.compress.blocks import Batch, BlockStream
+from octavo.compress.blocks import BlockStream
 from octavo.compress.job import quantize_checkpoint
 from octavo.compress.points import Points
 from octavo.compress.progress import Progress
 from octavo.compress.settings import QuantizeSettings
+from octavo.compress.stages import Batch
 from octavo.models import VAE, ClipConfig, ClipTextEncoder, MMDiT, MMDiTConfig, T5Config, T5Encoder, VAEConfig
 from octavo.text import word_level_tokenizer
 

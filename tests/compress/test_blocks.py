@@ -10,7 +10,8 @@ from torch import nn
 
 from octavo.checkpoint import load_mmdit
 from octavo.checkpoint.source import open_source
-from octavo.compress.blocks import Batch, BlockStream, stage_of, stages
+from octavo.compress.blocks import BlockStream, stage_of, stages
+from octavo.compress.stages import Batch
 from octavo.errors import RequestError
 from octavo.models import MMDiT, MMDiTConfig
 from tests.checkpoint.quantized import header, octavo_file

@@ -202,7 +202,7 @@ def test_both_formats_come_from_one_calibration_and_are_the_same_alone(
 def test_streaming_gives_the_same_as_keeping_the_model_in_memory(
     tree: Path, finished: tuple[Path, list[Progress]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("octavo.compress.blocks.free_bytes", lambda _device: 0)
+    monkeypatch.setattr("octavo.compress.stages.free_bytes", lambda _device: 0)
     out = tmp_path / "best.safetensors"
     quantize_checkpoint("tiny", out, settings(tree))
     assert out.read_bytes() == finished[0].read_bytes()

@@ -227,6 +227,8 @@ def unsaid(kind: Kind, config: Config) -> dict[str, Any]:
             usual = {"max_distance": T5Config.xxl().max_distance}
         case VAEConfig():
             usual = {"groups": _usual_groups(config.channels)}
+        case ControlNetConfig():
+            usual = {"zero_pooled": config.joint}
         case _:
             usual = {}
     return {name: getattr(config, name) for name, value in usual.items() if getattr(config, name) != value}

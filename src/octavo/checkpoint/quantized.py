@@ -11,7 +11,8 @@ Two forms: `octavo` says everything (see `octavo_form`), `comfyui` is what Comfy
 low-rank branch. What a layer becomes is decided by `quantize`.
 """
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +21,9 @@ from torch import Tensor
 
 from octavo._version import __version__
 from octavo.checkpoint import octavo_form
+from octavo.checkpoint.detect import unsaid
+from octavo.checkpoint.kinds import CONFIG_KEY
+from octavo.checkpoint.layout import pieces_in
 from octavo.checkpoint.octavo_form import DOWN, UP, LayerForm
 from octavo.checkpoint.plan import Origin, Plan
 from octavo.checkpoint.resume import ResumableWriter
@@ -59,7 +63,7 @@ class Output:
     metadata: Mapping[str, str]
     copies: tuple[Target, ...]
     layers: Mapping[str, tuple[str, ...]]
-    _prefix: str
+    _places: Mapping[str, tuple[str, ...]]  # of each layer's rows, in the file
     _form: OutputForm
     _forms: Mapping[str, LayerForm]
 
@@ -88,20 +92,23 @@ class Output:
 
     def tensors(self, name: str, layer: QuantizedLayer) -> dict[str, Tensor]:
         """The tensors of the layer called `name` by us, under their names in the file."""
-        full, form = self._prefix + name, self._forms[name]
-        scale = layer.weight.scale.float()
-        tensors = {f"{full}.weight": layer.weight.q, f"{full}.weight_scale": scale}
-        if layer.input_scale is not None:
-            tensors[f"{full}.input_scale"] = layer.input_scale.float()
-        if layer.bias is not None:
-            tensors[f"{full}.bias"] = layer.bias.to(self.layout[f"{full}.bias"][0])
-        if layer.low_rank is not None:
-            for ending, half in zip((DOWN, UP), layer.low_rank, strict=True):
-                tensors[full + ending] = half.to(self.layout[full + ending][0])
-        if self._form == "comfyui":
-            described = comfy_quant(full, form)
-            assert described.make is not None
-            tensors[described.name] = described.make()
+        form, places = self._forms[name], self._places[name]
+        tensors: dict[str, Tensor] = {}
+        for full, share in zip(places, _shares(layer.weight.q.shape[0], len(places)), strict=True):
+            tensors[f"{full}.weight"] = layer.weight.q[share]
+            tensors[f"{full}.weight_scale"] = _share_of_scale(layer.weight.scale.float(), form, share)
+            if layer.input_scale is not None:
+                tensors[f"{full}.input_scale"] = layer.input_scale.float()
+            if layer.bias is not None:
+                tensors[f"{full}.bias"] = layer.bias[share].to(self.layout[f"{full}.bias"][0])
+            if layer.low_rank is not None:
+                down, up = layer.low_rank
+                for ending, half in ((DOWN, down), (UP, up[share])):
+                    tensors[full + ending] = half.to(self.layout[full + ending][0])
+            if self._form == "comfyui":
+                described = comfy_quant(full, form)
+                assert described.make is not None
+                tensors[described.name] = described.make()
         assert layer.full_precision == form.full_precision, f"'{name}' was announced with another full_precision"
         assert set(tensors) == set(self.layers[name]), f"'{name}' differs from what was announced"
         return tensors
@@ -135,61 +142,91 @@ def plan_output(
     located = plan.located
     file, part = located.file, located.part
     _refuse_quantized(plan)
-    prefix = part.prefix if part.style == "single-file" else MMDIT_PREFIX if part.kind == "mmdit" else ""
-    single = len(file.headers) == 1 and part.style == "single-file"
+    # Of ControlNets both styles are single files; each stays what it is.
+    style = part.style if part.kind == "controlnet" else "single-file"
+    prefix = part.prefix if part.style == style else MMDIT_PREFIX if part.kind == "mmdit" else ""
+    single = len(file.headers) == 1 and part.style == style
     origins = {origin.ours: origin for origin in plan.origins}
     forms = {name: _form(output) for name, output in layers.items()}
 
     quantized: dict[str, Layout] = {}
+    places: dict[str, tuple[str, ...]] = {}
     for name in sorted(layers, key=lambda name: list(origins).index(f"{name}.weight")):
         if form == "comfyui":
             _refuse_for_comfyui(name, layers[name])
-        quantized[name] = _layout(prefix + name, name, layers[name], origins, form, forms[name])
+        pieces = pieces_in(part.kind, style, f"{name}.weight")
+        places[name] = tuple(prefix + piece.name.removesuffix(".weight") for piece in pieces)
+        quantized[name] = _layout(places[name], name, layers[name], origins, form, forms[name])
     taken = [ours for name in layers for ours in (f"{name}.weight", f"{name}.bias") if ours in origins]
-    copies = list(translate(plan, "single-file", prefix, without=taken).targets)
+    copies = list(translate(plan, style, prefix, without=taken).targets)
     if single:
         used = {slab.entry.name for origin in plan.origins for slab in origin.slabs}
         copies += [as_it_is(file, name) for name in file.entries if name not in used]
 
-    own = {octavo_form.KEY: octavo_form.dumps({prefix + name: each for name, each in forms.items()})}
+    own = octavo_form.dumps({place: forms[name] for name in places for place in places[name]})
+    beyond_shapes = unsaid(part.kind, plan.config) if part.kind == "controlnet" else {}
     header = {
         "format": "pt",
         **file.metadata,
+        **({CONFIG_KEY: json.dumps(beyond_shapes)} if beyond_shapes else {}),
         octavo_form.VERSION_KEY: __version__,
-        **(own if form == "octavo" else {}),
+        **({octavo_form.KEY: own} if form == "octavo" else {}),
         **(metadata or {}),
     }
     layout = dict(layout_of(copies))
     for tensors in quantized.values():
         layout |= tensors
     names = {name: tuple(tensors) for name, tensors in quantized.items()}
-    return Output(layout, header, tuple(copies), names, prefix, form, forms)
+    return Output(layout, header, tuple(copies), names, places, form, forms)
 
 
 def _layout(
-    full: str, name: str, output: LayerOutput, origins: Mapping[str, Origin], form: OutputForm, described: LayerForm
+    places: Sequence[str],
+    name: str,
+    output: LayerOutput,
+    origins: Mapping[str, Origin],
+    form: OutputForm,
+    described: LayerForm,
 ) -> Layout:
     """Dtypes and shapes of one layer's tensors by their names in the file."""
     weight = origins[f"{name}.weight"]
-    rows = sum(slab.rows for slab in weight.slabs)
+    rows = sum(slab.rows for slab in weight.slabs) // len(places)
+    if described.block and rows % described.block[0] and len(places) > 1:
+        raise RequestError(
+            f"The file keeps '{name}' in {len(places)} pieces of {rows} rows, which blocks of {described.block[0]} "
+            "rows do not divide. Use a recipe with scales by row or by tensor."
+        )
     columns = weight.slabs[0].entry.shape[0 if weight.slabs[0].transposed else 1]
     sixteen = torch_dtype(weight.slabs[0].entry)
-    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        f"{full}.weight": (output.spec.format.dtype, (rows, columns)),
-        f"{full}.weight_scale": (torch.float32, octavo_form.scale_shape(described, (rows, columns))),
-    }
-    if output.spec.input_scale:
-        count = (len(described.step_sigmas) + 1,) if described.step_sigmas else ()
-        layout[f"{full}.input_scale"] = (torch.float32, count)
-    if f"{name}.bias" in origins:
-        layout[f"{full}.bias"] = (torch_dtype(origins[f"{name}.bias"].slabs[0].entry), (rows,))
-    if output.low_rank:
-        layout[full + DOWN] = (sixteen, (output.low_rank, columns))
-        layout[full + UP] = (sixteen, (rows, output.low_rank))
-    if form == "comfyui":
-        described_by = comfy_quant(full, described)
-        layout[described_by.name] = (described_by.dtype, described_by.shape)
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for full in places:
+        layout[f"{full}.weight"] = (output.spec.format.dtype, (rows, columns))
+        layout[f"{full}.weight_scale"] = (torch.float32, octavo_form.scale_shape(described, (rows, columns)))
+        if output.spec.input_scale:
+            count = (len(described.step_sigmas) + 1,) if described.step_sigmas else ()
+            layout[f"{full}.input_scale"] = (torch.float32, count)
+        if f"{name}.bias" in origins:
+            layout[f"{full}.bias"] = (torch_dtype(origins[f"{name}.bias"].slabs[0].entry), (rows,))
+        if output.low_rank:
+            layout[full + DOWN] = (sixteen, (output.low_rank, columns))
+            layout[full + UP] = (sixteen, (rows, output.low_rank))
+        if form == "comfyui":
+            described_by = comfy_quant(full, described)
+            layout[described_by.name] = (described_by.dtype, described_by.shape)
     return layout
+
+
+def _shares(rows: int, count: int) -> list[slice]:
+    """Where each of `count` equal pieces of so many rows lies."""
+    return [slice(i * rows // count, (i + 1) * rows // count) for i in range(count)]
+
+
+def _share_of_scale(scale: Tensor, form: LayerForm, share: slice) -> Tensor:
+    """The scale of some rows of a matrix; where blocks share one, the rows are whole blocks."""
+    if not scale.ndim:
+        return scale
+    height = form.block[0] if form.block else 1
+    return scale[share.start // height : -(-share.stop // height)]
 
 
 def _form(output: LayerOutput) -> LayerForm:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from octavo.compress.files import Written
-    from octavo.compress.job import Summary
     from octavo.compress.progress import Progress as Report
+    from octavo.compress.write import Summary
     from octavo.quantize import Sensitivity
 
 EPILOG = """[bold]Examples[/]
@@ -32,6 +32,8 @@ octavo quantize sd3.5_medium.safetensors quick.safetensors --recipe row
 octavo quantize sd3.5_medium.safetensors careful.safetensors --keep-16bit 5% --min-psnr 30
 
 octavo quantize my-finetune.safetensors mine-fp8.safetensors --prompts what-i-draw.txt --budget 3.2GB
+
+octavo quantize sd3.5_large_controlnet_canny.safetensors canny-fp8.safetensors --model sd3.5_large
 
 A job that was stopped goes on when the same command is given again. 'octavo recipes' shows the recipes.
 """
@@ -50,7 +52,9 @@ PHASES = {
 
 
 def quantize(
-    source: Annotated[str, typer.Argument(metavar="IN", help="A 16-bit model: a path, or a name in the models tree.")],
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="A 16-bit model or ControlNet: a path, or a name in the models tree.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write, .safetensors.")],
     recipe: Annotated[
         str | None,
@@ -133,6 +137,15 @@ def quantize(
             rich_help_panel=QUALITY,
         ),
     ] = 0,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Of a ControlNet: the model that it steers, in FP8 if you like; for calibration and gate.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     text_encoder: Annotated[
         list[str] | None,
         typer.Option(help="Encoder to use instead of those found; may be repeated.", rich_help_panel=MODEL),
@@ -183,6 +196,7 @@ def quantize(
         steps=steps,
         guidance_scale=guidance,
         seed=seed,
+        model=model,
         text_encoders=tuple(text_encoder or ()),
         vae=vae,
         models_dir=models_dir,

@@ -15,6 +15,7 @@ from octavo.compress.prompts import calibration_prompts, read_prompts
 from octavo.compress.settings import QuantizeSettings
 from octavo.devices import free_bytes, whole_processor
 from octavo.errors import RequestError
+from octavo.models import MMDiTConfig
 from octavo.pipeline.assemble import load
 from octavo.pipeline.components import SPARE, Components
 from octavo.pipeline.encode import Conditioning, encode
@@ -36,19 +37,23 @@ class Setup:
 
 
 def set_up(source: Source, stream: BlockStream, settings: QuantizeSettings) -> Setup:
-    """The settings of the user over those that suit the model.
+    """The settings of the user over those that suit the model; see `set_up_for`."""
+    preset = preset_for(stream.config, stream.plan.located.file)
+    embedded = any(WORDS_KEY in each.metadata for each in source.files)
+    return set_up_for(stream.config, preset, settings, embedded=embedded)
+
+
+def set_up_for(config: MMDiTConfig, preset: Preset, settings: QuantizeSettings, *, embedded: bool) -> Setup:
+    """The settings of the user over those that suit a model of this shape.
 
     Raises:
         RequestError: no prompts in the file; a size beyond the model; a setting out of range.
     """
-    file = stream.plan.located.file
-    preset = preset_for(stream.config, file)
-    embedded = any(WORDS_KEY in each.metadata for each in source.files)
     prompts = None if settings.prompts is None else read_prompts(settings.prompts)
     if prompts is None:
         prompts = calibration_prompts(settings.calibration_size, embedded=embedded)
     width, height = settings.width or preset.width, settings.height or preset.height
-    most = stream.config.pos_embed_size * stream.config.patch_size * FACTOR
+    most = config.pos_embed_size * config.patch_size * FACTOR
     if max(width, height) > most or min(width, height) < 16 or width % 16 or height % 16:
         raise RequestError(f"Pictures of {width}x{height} are not possible: sides are multiples of 16 up to {most}.")
     if settings.steps is not None and not 1 <= settings.steps <= 1000:

@@ -13,10 +13,10 @@ from torch import nn
 from octavo.checkpoint.header import read_header
 from octavo.checkpoint.octavo_form import CALIBRATION_KEY, RECIPE_KEY
 from octavo.checkpoint.quantized import LayerOutput, Output, OutputForm, plan_output
-from octavo.compress.blocks import BlockStream
 from octavo.compress.gate import Verdict
 from octavo.compress.layers import outputs_of
 from octavo.compress.settings import QuantizeSettings
+from octavo.compress.stages import Stages
 from octavo.errors import CheckpointError, OctavoError, RequestError
 from octavo.quantize import Recipe
 
@@ -97,7 +97,7 @@ class File:
         dtype, shape = self.output.layout[tensor]
         return math.prod(shape) * dtype.itemsize
 
-    def told(self, stream: BlockStream) -> Written:
+    def told(self, stream: Stages) -> Written:
         """What there is to say of it."""
         counts = dict[str, int]()
         for name in stream.plan.linears:
@@ -136,7 +136,7 @@ def targets(source: Path, out: Path, settings: QuantizeSettings) -> list[Path]:
 
 
 def plan_file(
-    stream: BlockStream,
+    stream: Stages,
     place: Path,
     form: OutputForm,
     recipe: Recipe,

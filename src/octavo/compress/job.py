@@ -8,46 +8,29 @@ output appears under its name only when it is complete and has passed its gate.
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from octavo.checkpoint.folders import MODELS, Folders
-from octavo.checkpoint.resume import ResumableWriter
 from octavo.checkpoint.save import check_space
 from octavo.checkpoint.source import open_source
 from octavo.compress import gate
 from octavo.compress.blocks import BlockStream
 from octavo.compress.calibrate import Setup, calibrate, find_components, set_up
-from octavo.compress.files import File, Written, plan_file, targets
+from octavo.compress.control_job import quantize_controlnet
+from octavo.compress.files import File, plan_file, targets
 from octavo.compress.finetune import Result, finetune_checkpoint
 from octavo.compress.gate import Verdict
-from octavo.compress.layers import quantized_layers
-from octavo.compress.points import Points
 from octavo.compress.progress import Phase, Progress, Report
 from octavo.compress.sensitivity import keep_under, measured, spare_weights
 from octavo.compress.settings import QuantizeSettings
 from octavo.compress.work import Work, identity_of
-from octavo.devices import pick_device, pick_dtype, whole_processor
-from octavo.errors import CheckpointError, GateError, ModelNotFoundError
+from octavo.compress.write import Summary, write_files
+from octavo.devices import pick_device, pick_dtype
+from octavo.errors import CheckpointError, GateError, ModelNotFoundError, RequestError
 from octavo.pipeline.components import Components
-from octavo.quantize import Sensitivity
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
-    """What was done."""
-
-    source: Path
-    source_bytes: int
-    files: tuple[Written, ...]
-    seconds: float
-    resumed: bool  # whether the work of an interrupted job was gone on with
-    sensitivity: Sensitivity | None
-    finetuned: Result | None  # what training came to
+from octavo.pipeline.controlnets import CATEGORY as CONTROLNETS
 
 
 def quantize_checkpoint(
@@ -59,8 +42,10 @@ def quantize_checkpoint(
 ) -> Summary:
     """Quantize the diffusion model of a checkpoint; text encoders and VAE in the same file are copied as they are.
 
+    A ControlNet is quantized likewise, see `control_job`.
+
     Args:
-        source: a 16-bit model: a path, or a name in the models tree.
+        source: a 16-bit model or ControlNet: a path, or a name in the models tree.
         out: the file to write, .safetensors. With form "both" the one for ComfyUI goes beside it, as `<name>-comfy`.
         settings: recipe, calibration and the rest.
         watch: called with the progress; what it raises stops the job, which can be gone on with.
@@ -80,10 +65,17 @@ def quantize_checkpoint(
 
     # What is asked, and whether it can be done: only headers are read
     recipes = settings.recipes()
-    path = Folders.standard(settings.models_dir).find(os.fspath(source), *MODELS)
+    path = Folders.standard(settings.models_dir).find(os.fspath(source), *MODELS, CONTROLNETS)
     places = targets(path, Path(out), settings)
     device = pick_device(settings.device)
     with open_source(path) as opened:
+        if (net := opened.find("controlnet")) is not None:
+            return quantize_controlnet(opened, net, places, settings, recipes, report)
+        if settings.model is not None:
+            raise RequestError(
+                f"--model {settings.model} is for ControlNets: it names the model that they steer. '{path.name}' is a "
+                "model itself."
+            )
         located = opened.require("mmdit")
         keep = False if settings.low_memory else None
         stream = BlockStream(located, device, pick_dtype(settings.dtype, device), keep=keep)
@@ -115,7 +107,9 @@ def quantize_checkpoint(
             files = [
                 plan_file(stream, file.place, file.form, file.recipe, folder=folder, digest=digest) for file in planned
             ]
-            _write(stream, files, points, report)
+            batches = [] if points is None else points.batches(stream.device, stream.dtype)
+            write_files(stream, files, batches, report)
+            del batches
             stream.release()
             points = None
             finetuned = [_finetune(path, file, setup, settings, folder, report) for file in files]
@@ -143,40 +137,6 @@ def _components(path: Path, settings: QuantizeSettings, *, needed: bool) -> tupl
         if needed:
             raise
         return None, str(error)
-
-
-@torch.inference_mode()
-@whole_processor()
-def _write(stream: BlockStream, files: Sequence[File], points: Points | None, report: Report) -> None:
-    """Copy what stays and quantize the rest, block by block; what a stopped job has written is not made again."""
-    with ExitStack() as stack:
-        opened = [
-            (file, stack.enter_context(ResumableWriter(file.part, file.output.layout, file.output.metadata)))
-            for file in files
-            if not file.complete
-        ]
-        # Those that even outliers out work on copies; the last one takes the batches through the original.
-        opened.sort(key=lambda each: not each[0].recipe.equalize)
-        total, done = sum(file.output.nbytes for file, _ in opened), 0
-
-        def wrote(nbytes: int) -> None:
-            nonlocal done
-            done += nbytes
-            report("write", done, total)
-
-        for file, writer in opened:
-            wrote(sum(map(file.nbytes_of, writer.done)))
-            file.output.copy(writer, wrote)
-        calibrated = any(file.recipe.needs_calibration for file, _ in opened)
-        batches = points.batches(stream.device, stream.dtype) if calibrated and points is not None else []
-        for stage in stream.stages if opened else ():
-            for i, (file, writer) in enumerate(opened):
-                missing = set(file.output.missing(writer))
-                names = [name for name in stream.linears(stage) if name in missing]
-                last = i == len(opened) - 1
-                for name, layer in quantized_layers(stream, stage, batches, file.recipe, names, advance=last):
-                    file.output.write(writer, name, layer)
-                    wrote(sum(map(file.nbytes_of, file.output.layers[name])))
 
 
 def _finetune(

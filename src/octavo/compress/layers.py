@@ -6,17 +6,18 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from torch import Tensor, nn
 
 from octavo.checkpoint.quantized import LayerOutput
-from octavo.compress.blocks import Batch, BlockStream
 from octavo.compress.points import GROUPS
+from octavo.compress.stages import Batch, Stages
 from octavo.devices import trim_memory
 from octavo.fp8 import LinearSpec
+from octavo.models.controlnet import ImageBlock
 from octavo.models.mmdit import FinalLayer, JointBlock
 from octavo.quantize import Observer, QuantizedLayer, Recipe, quantize_layer
 from octavo.quantize.recipe import Statistic
-from octavo.quantize.seams import Seam, block_seams, equalize, final_seams
+from octavo.quantize.seams import Seam, block_seams, equalize, final_seams, stream_seams
 
 
-def outputs_of(stream: BlockStream, recipe: Recipe) -> dict[str, LayerOutput]:
+def outputs_of(stream: Stages, recipe: Recipe) -> dict[str, LayerOutput]:
     """What the recipe makes of each layer that it does not keep in 16 bits, as a file's layout depends on it."""
     outputs = {}
     for name in stream.plan.linears:
@@ -39,7 +40,7 @@ def outputs_of(stream: BlockStream, recipe: Recipe) -> dict[str, LayerOutput]:
 
 
 def quantized_layers(
-    stream: BlockStream, stage: str, batches: Sequence[Batch], recipe: Recipe, names: Collection[str], *, advance: bool
+    stream: Stages, stage: str, batches: Sequence[Batch], recipe: Recipe, names: Collection[str], *, advance: bool
 ) -> Iterator[tuple[str, QuantizedLayer]]:
     """Quantize linear layers of a stage by what they see of `batches`.
 
@@ -72,7 +73,7 @@ def quantized_layers(
 
 
 def observe(
-    stream: BlockStream, stage: str, batches: Sequence[Batch], needs: Mapping[str, frozenset[Statistic]]
+    stream: Stages, stage: str, batches: Sequence[Batch], needs: Mapping[str, frozenset[Statistic]]
 ) -> Observer:
     """Take `batches` through a stage that is loaded, watching the layers in need."""
     layers = {name: stream.model.get_submodule(name) for name in needs}
@@ -86,7 +87,7 @@ def observe(
 
 
 def _equalized(
-    stream: BlockStream, stage: str, batches: Sequence[Batch], recipe: Recipe, names: Collection[str]
+    stream: Stages, stage: str, batches: Sequence[Batch], recipe: Recipe, names: Collection[str]
 ) -> Iterator[tuple[str, QuantizedLayer]]:
     """The same for a copy of the stage whose outliers are evened out: it computes the same and rounds better."""
     sizes: dict[str, frozenset[Statistic]] = {name: frozenset({"range"}) for name in names}
@@ -114,12 +115,14 @@ def _equalized(
         trim_memory()
 
 
-def _seams(stream: BlockStream, stage: str) -> list[Seam]:
+def _seams(stream: Stages, stage: str) -> list[Seam]:
     match stream.module(stage):
         case JointBlock() as block:
             return list(block_seams(block))
         case FinalLayer() as final:
             return list(final_seams(final))
+        case ImageBlock() as image_block:
+            return list(stream_seams(image_block))
     return []
 
 

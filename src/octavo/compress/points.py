@@ -19,7 +19,8 @@ from torch import Tensor
 
 from octavo.checkpoint.save import save_safetensors
 from octavo.checkpoint.tensors import open_tensors
-from octavo.compress.blocks import Batch, BlockStream
+from octavo.compress.blocks import BlockStream
+from octavo.compress.stages import Batch
 from octavo.errors import CheckpointError, ModelNotFoundError, NumericsError
 from octavo.pipeline.encode import Conditioning
 from octavo.pipeline.latents import latent_shape

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from octavo.compress.blocks import Batch, BlockStream
+from octavo.compress.blocks import BlockStream
 from octavo.compress.files import File, plan_file
 from octavo.compress.layers import outputs_of, quantized_layers
 from octavo.compress.points import WAVE_BYTES, Points
 from octavo.compress.settings import QuantizeSettings
+from octavo.compress.stages import Batch
 from octavo.devices import whole_processor
 from octavo.errors import RequestError
 from octavo.fp8 import prepare

@@ -25,6 +25,7 @@ class QuantizeSettings:
     width: int | None = None  # pixels
     height: int | None = None  # pixels
     seed: int = 0
+    model: str | None = None  # that a ControlNet steers, for its calibration and its gate; the embedded one if it fits
     text_encoders: tuple[str, ...] = ()  # to use instead of those found with the model
     vae: str | None = None
     models_dir: Path | None = None

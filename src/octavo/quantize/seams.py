@@ -72,6 +72,12 @@ def block_seams(block: JointBlock) -> Iterator[Seam]:
         yield from _stream_seams(stream)
 
 
+def stream_seams(block: StreamBlock) -> Iterator[Seam]:
+    """All seams of a block of image tokens alone, as ControlNets have them."""
+    yield Seam(rows=(_values(block.attn.qkv),), over_columns=(block.attn.proj,))
+    yield from _stream_seams(block)
+
+
 def final_seams(final: FinalLayer) -> Iterator[Seam]:
     """The seam of the final layer."""
     yield _modulated(_linear(final.adaLN_modulation[1]), (0, 1), final.linear)

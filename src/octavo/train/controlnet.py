@@ -254,10 +254,15 @@ def control_loss(model: Steered, lessons: Lessons, rng: random.Random, recipe: C
     return loss
 
 
-def export_controlnet(net: ControlNet, path: Path) -> Path:
-    """Write it as a file for use, its linears in FP8, named as the released ControlNets' tensors are."""
+def export_controlnet(net: ControlNet, path: Path, *, fp8: bool = True) -> Path:
+    """Write it as a file for use, named as the released ControlNets' tensors are.
+
+    Args:
+        fp8: its linears in FP8; else all of it in float16, as `octavo quantize` takes it.
+    """
     tensors = {"control_type": torch.tensor([1])}
-    for name, tensor in fp8_tensors(net, "").items():
+    kept = fp8_tensors(net, "") if fp8 else {name: tensor.half() for name, tensor in net.state_dict().items()}
+    for name, tensor in kept.items():
         module, _, ending = name.rpartition(".")
         (piece,) = pieces_in("controlnet", "single-file", f"{module}.weight")
         tensors[f"{piece.name.removesuffix('.weight')}.{ending}"] = tensor
