@@ -36,13 +36,13 @@ def _gelu_rows(  # type: ignore[no-untyped-def]
     if GIVEN:
         scale = tl.load(given + row * EACH)
     else:
-        tops = tl.full([BLOCK], float("-inf"), tl.float32)
+        tops = tl.zeros([BLOCK], tl.float32)
         spoilt = tl.zeros([BLOCK], tl.int32)
         for start in range(0, columns, BLOCK):
             inside = start + offsets < columns
-            part = tl.load(x + row * stride + start + offsets, mask=inside, other=float("-inf")).to(tl.float32)
+            part = tl.load(x + row * stride + start + offsets, mask=inside, other=0.0).to(tl.float32)
             tops = tl.maximum(tops, part)
-            spoilt = tl.maximum(spoilt, (part != part).to(tl.int32))
+            spoilt = tl.maximum(spoilt, ((part - part) != 0.0).to(tl.int32))  # NaN, and infinity, which GELU makes NaN
         top = tl.max(tops, axis=0)
         amax = top / _growth(top)
         if amax < DIP:
