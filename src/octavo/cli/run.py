@@ -3,13 +3,14 @@
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from octavo.cli import arithmetic
+from octavo.cli import arithmetic, memory
 from octavo.cli.log import show_log
 from octavo.errors import OctavoError, RequestError
 
@@ -64,6 +65,9 @@ def run(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16; what suits the device if unsaid.")
     ] = None,
+    speed: Annotated[
+        str, typer.Option(help="exact, balanced or fast: how many evaluations are forecast instead of made.")
+    ] = "exact",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the paths.")] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Tell how each part of the model multiplies, and why.")
@@ -71,6 +75,7 @@ def run(
     fast: arithmetic.Fast = False,
     force_fp8: arithmetic.ForceFp8 = False,
     force_fp8_text_encoders: arithmetic.ForceFp8TextEncoders = False,
+    vram: memory.Vram = None,
     backend: arithmetic.BackendName = None,
     measure: arithmetic.Measure = None,
     retry_bf16: arithmetic.RetryBf16 = False,
@@ -79,6 +84,9 @@ def run(
     text_enc_e4m3fn: arithmetic.TextEncE4m3fn = False,
     text_enc_e5m2: arithmetic.TextEncE5m2 = False,
     supports_fp8_compute: arithmetic.SupportsFp8Compute = False,
+    attention: arithmetic.AttentionName = None,
+    compile: arithmetic.Compile = False,
+    graphs: arithmetic.Graphs = None,
 ) -> None:
     """Run a ComfyUI workflow."""
     from rich.console import Console
@@ -98,12 +106,15 @@ def run(
         from octavo.graph.runner import Workshop
         from octavo.pipeline.run import solve
         from octavo.pipeline.shelf import LoadSettings, Shelf
+        from octavo.pipeline.sparing import sparing
+        from octavo.pipeline.speed import speed_called
         from octavo.pipeline.tables import Tables
 
         settings = LoadSettings(
             models_dir=models_dir,
             device=device,
             dtype=dtype,
+            vram=memory.allowed(vram, device),
             **arithmetic.settings(
                 fast=fast,
                 force_fp8=force_fp8,
@@ -116,11 +127,17 @@ def run(
                 text_enc_e4m3fn=text_enc_e4m3fn,
                 text_enc_e5m2=text_enc_e5m2,
                 supports_fp8_compute=supports_fp8_compute,
+                attention=attention,
+                compile=compile,
+                graphs=graphs,
             ),
         )
+        shelf, cache = Shelf(settings), Tables()
         workshop = Workshop(
-            shelf=Shelf(settings),
-            solve=partial(solve, cache=Tables()),
+            shelf=shelf,
+            solve=lambda run, watch: solve(replace(run, smaller=shelf.smaller), watch, cache=cache),
+            on_device=partial(sparing, smaller=shelf.smaller, what="the work of a node"),
+            speed=speed_called(speed),
             input_dir=input_dir,
             output_dir=output_dir,
             # Pictures that are only to be looked at stay there until the machine cleans up.

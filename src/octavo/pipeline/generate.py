@@ -141,7 +141,8 @@ def prepare(components: Components, job: Job, *, encode: Encode = encode) -> Tra
     )
     guidance = Guidance(classifier_free=free, skip_layers=job.skip_layer_guidance)
     sides = 2 if free.scale != 1 or get_sampler(job.sampler).needs_uncond else 1
-    work = Work(width=job.width, height=job.height, steps=job.steps, rows=sides, prompts=sides)
+    shortest = components.text.positions
+    work = Work(width=job.width, height=job.height, steps=job.steps, rows=sides, prompts=sides, tokens=shortest)
     components.fit(work)
     stack = components.stack(job.loras)
     text = components.text.adapted({kind: applied for kind, applied in stack.items() if kind != "mmdit"})

@@ -20,6 +20,7 @@ from octavo.fp8 import all_finite
 from octavo.models import MMDiT
 from octavo.pipeline.denoise import Question, Track, make_tables
 from octavo.pipeline.finite import denoise_finite
+from octavo.pipeline.latents import FACTOR
 from octavo.pipeline.sparing import Smaller, nothing_to_give, sparing
 from octavo.pipeline.speed import EXACT, Forecast, Speed
 from octavo.pipeline.tables import Tables
@@ -102,7 +103,8 @@ def solve(run: Run, watch: Watch, *, cache: Tables | None = None) -> Tensor:
         RequestError: a condition's area lies outside of the latents.
     """
     with torch.inference_mode(), whole_processor():
-        what = f"latents {list(run.x.shape)}"
+        height, width = (FACTOR * side for side in run.x.shape[-2:])
+        what = f"a picture of {width}x{height} pixels"
         walk = sparing(lambda: Walk(run, cache=cache), run.smaller, what)
         watch(walk.step)
         while (question := walk.question) is not None:
