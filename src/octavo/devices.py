@@ -97,6 +97,17 @@ def free_bytes(device: torch.device) -> int | None:
         return None
 
 
+def moved(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`x`, which is on the CPU, in the dtype and on the device of `like`, where the work that is under way goes on.
+
+    From ordinary memory a GPU's driver copies only when all work before is done; from pinned memory it copies in its
+    turn, while the host goes on.
+    """
+    if like.device.type != "cuda":
+        return x.to(like)
+    return x.to(like.dtype).pin_memory().to(like.device, non_blocking=True)
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether this is a device, or the machine, saying that its memory does not suffice."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

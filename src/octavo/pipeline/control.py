@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from octavo.devices import moved
 from octavo.errors import RequestError, WrongModelError
 from octavo.fp8 import at_sigmas
 from octavo.models import MMDiT, MMDiTConfig, Modulation
@@ -112,7 +113,7 @@ def pull(net: ControlNet, rows: Sequence[tuple[Placed, int, Modulation]], like: 
     hints = [_repeated(placed.hint, count).to(like) for placed, count, _ in rows]
     strengths = [placed.control.strength for placed, count, _ in rows for _ in range(count)]
     modulations = [table for _, count, table in rows for _ in range(count)]
-    return Pull(net, torch.cat(hints), like.new_tensor(strengths)[:, None, None], modulations)
+    return Pull(net, torch.cat(hints), moved(torch.tensor(strengths), like)[:, None, None], modulations)
 
 
 def steer(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from octavo.devices import moved
 from octavo.errors import MissingExtraError, RequestError
 from octavo.sampling.protocol import Noise, SamplerSpec
 
@@ -63,7 +64,7 @@ def default_noise(like: Tensor, seed: int) -> Noise:
     generator = torch.Generator("cpu").manual_seed((_checked(seed) + 1) % SEEDS)
 
     def draw(_sigma: float, _sigma_next: float) -> Tensor:
-        return torch.randn(like.shape, generator=generator).to(like)
+        return moved(torch.randn(like.shape, generator=generator), like)
 
     return draw
 
@@ -99,7 +100,7 @@ def brownian_noise(like: Tensor, seed: int, sigmas: Sequence[float]) -> Noise:
             end = min(round(max(end, low + unit), _PATH_DIGITS), high)
             start, length = max(round(end - unit, _PATH_DIGITS), low), unit
         increment: Tensor = tree(start, end)
-        return (-increment / math.sqrt(length)).to(like)
+        return moved(-increment / math.sqrt(length), like)
 
     return draw
 
