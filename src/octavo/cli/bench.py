@@ -44,6 +44,7 @@ def bench(
     repeats: Annotated[int | None, typer.Option(help="Timed rounds.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Begin nothing new after this long.")] = None,
     peers: Annotated[bool, typer.Option("--peers", help="Run diffusers and torchao in the same turns.")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="Measure a compiled step, too.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.svg.")] = Path("runs/bench/octavo"),
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the fastest if unsaid.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; what suits the device.")] = None,
@@ -69,6 +70,7 @@ def bench(
         repeats=repeats,
         seconds=float("inf") if seconds is None else seconds,
         peers=peers,
+        compile=compile,
         out=out,
     )
     console = Console(stderr=True)

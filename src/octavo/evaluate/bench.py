@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -50,7 +50,7 @@ class Options:
         steps: of pictures; None: 20, or as suits the embedded model.
         batch: rows of a step.
         seconds: after which nothing new is begun.
-        fast: small sizes and few repeats, to see that everything runs.
+        compile: also measure a step whose blocks torch.compile has made.
         peers: run diffusers and torchao in the same turns, where they are installed.
         out: folder for the log, the JSON and the plot.
     """
@@ -66,6 +66,7 @@ class Options:
     repeats: int | None = None
     seconds: float = float("inf")
     peers: bool = False
+    compile: bool = False
     out: Path = Path("runs/bench/octavo")
 
     def __post_init__(self) -> None:
@@ -169,8 +170,11 @@ def _step(bench: Bench) -> None:
     height, width = bench.latents
     peers = Peers(bench.results, options.device, options.dtype)
     also = peers.steps(bench.config, options.batch, height, width, bench.tokens) if options.peers else {}
+    variants = variants_here(options.wanted)
+    if options.compile:
+        variants["fp8_compiled"] = replace(variants["fp8"], compile=True)
     timings = bench_step(
-        variants_here(options.wanted), bench.ceilings, bench.results,
+        variants, bench.ceilings, bench.results,
         batch=options.batch, height=height, width=width, tokens=bench.tokens, repeats=bench.repeats,
         deadline=bench.deadline, also=also,
     )  # fmt: skip

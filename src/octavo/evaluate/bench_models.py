@@ -32,8 +32,9 @@ from octavo.fp8 import E4M3FN, Mode, quantize
 from octavo.fp8.scale import Scaled
 from octavo.models import VAE, ClipConfig, MMDiT, MMDiTConfig, T5Config
 from octavo.models.vae import VAEConfig
-from octavo.pipeline.assemble import text_encoders_of
+from octavo.pipeline.assemble import placing_of, text_encoders_of
 from octavo.pipeline.components import Arithmetic, Components, Part
+from octavo.placement.running import Running
 
 TILE = 1 << 22  # numbers drawn; an odd width shifts them from row to row
 EMBEDDED = "embedded"
@@ -93,8 +94,7 @@ class Wanted:
     Attributes:
         model: "embedded"; "large" or "medium", of random weights; else a name or path as `octavo.load` takes it.
         fp8: quantize its linear layers at load; as the file has them otherwise.
-        mode: which rounding of inputs is allowed; None: as `octavo.load` does without `--fast`.
-        load: further arguments of `octavo.load` and of parts.
+        fast, compile, vram: as `octavo.load` takes them.
     """
 
     model: str
@@ -102,7 +102,8 @@ class Wanted:
     dtype: torch.dtype
     fp8: bool = True
     fast: bool = False
-    arithmetic: Mapping[str, Any] | None = None
+    compile: bool = False
+    vram: str | None = None
 
     @property
     def random(self) -> bool:
@@ -128,6 +129,8 @@ def open_model(wanted: Wanted) -> Components:
         device=str(wanted.device),
         dtype=str(wanted.dtype).removeprefix("torch."),
         fast=wanted.fast,
+        compile=wanted.compile,
+        vram=wanted.vram,
         force_fp8=wanted.fp8,
         force_fp8_text_encoders=wanted.fp8,
     )
@@ -144,7 +147,8 @@ def random_source(kind: Kind, config: Any, name: str = "random") -> Source:
 
 def _random(wanted: Wanted) -> Components:
     mode: Mode = "fast" if wanted.fast else "fp8"
-    arithmetic = Arithmetic(mode=mode, force=E4M3FN if wanted.fp8 else None, **(wanted.arithmetic or {}))
+    running = Running(compile=wanted.compile)
+    arithmetic = Arithmetic(mode=mode, force=E4M3FN if wanted.fp8 else None, running=running)
     make = partial(_part, wanted=wanted)
     mmdit = make("mmdit", RELEASED[wanted.model](), arithmetic)
     encoders = {
@@ -154,6 +158,8 @@ def _random(wanted: Wanted) -> Components:
     }
     vae = make("vae", VAEConfig(), Arithmetic())
     config = cast(MMDiTConfig, mmdit.config)
+    # Guidance as of the model's card; skip-layer guidance, which takes a third pass, is left to `--model NAME`.
+    preset = replace(preset_for(config, RandomFile(mmdit.path.name, {})), skip_layer_guidance=None)
     return Components(
         name=f"random-{wanted.model}",
         mmdit=cast("Part[MMDiT]", mmdit),
@@ -165,8 +171,8 @@ def _random(wanted: Wanted) -> Components:
             context_width=config.context_width,
             pooled_width=config.pooled_width,
         ),
-        # Guidance as of the model's card; skip-layer guidance, which takes a third pass, is left to `--model NAME`.
-        preset=replace(preset_for(config, RandomFile(mmdit.path.name, {})), skip_layer_guidance=None),
+        preset=preset,
+        placing=placing_of([mmdit, *encoders.values(), vae], preset, wanted.vram),
     )
 
 

@@ -6,8 +6,9 @@ in FP8 by `--fast`; called one kernel after the other (eager), by CUDA graphs, o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from octavo.evaluate.bench_results import Results
 from octavo.evaluate.bench_timing import NEVER, Deadline, Timing, interleave, wait_for_device
 from octavo.fp8 import Fp8Linear
 from octavo.fp8.needs import dtype_name
-from octavo.models import MMDiT, MMDiTConfig, Modulation
+from octavo.models import MMDiT, MMDiTConfig
+from octavo.placement.graphs import captured_by, through
 
 RELEASED_TOKENS = 333  # 77 of CLIP and 256 of T5, as the released models were trained
 
@@ -102,7 +104,8 @@ def bench_step(
     prefix = f"step.{next(iter(variants.values())).name}"
     for name, wanted in variants.items():
         with results.guarded(f"{prefix}.{name}"):
-            steps[name] = make_step(wanted, batch, height, width, tokens)
+            for end, step in make_steps(wanted, batch, height, width, tokens):
+                steps[name + end] = step
     if not steps:
         return {}
     config = next(iter(steps.values())).mmdit.config
@@ -118,7 +121,7 @@ def bench_step(
                 if isinstance(out, Tensor):
                     velocities[name] = out.float().cpu()
                 runs[name] = run  # only what has run once goes into the rounds
-        timings = interleave(runs, warmup=1, repeats=repeats, deadline=deadline)
+        timings = interleave(runs, warmup=2, repeats=repeats, deadline=deadline)  # graphs are captured meanwhile
     reference = velocities.get(next(iter(steps)))
     for name, timing in timings.items():
         told: dict[str, Any] = {"batch": batch, "latents": [height, width], "text_tokens": tokens}
@@ -137,18 +140,14 @@ def bench_step(
     return timings
 
 
-def make_step(wanted: Wanted, batch: int, height: int, width: int, tokens: int) -> Step:
-    """Load the model and make its table of modulation."""
+def make_steps(wanted: Wanted, batch: int, height: int, width: int, tokens: int) -> Iterator[tuple[str, Step]]:
+    """Load the model and make its table of modulation; gives the step as a run takes it (under the name ""), and where
+    that is by CUDA graphs, also the eager one."""
     components = open_model(wanted)
     mmdit = components.mmdit()
     inputs = draw_inputs(mmdit.config, batch, height, width, tokens).to(wanted.device, wanted.dtype)
     with torch.inference_mode(), whole_processor():
         table = mmdit.modulation(inputs.timestep, inputs.pooled)
-    call = _call(mmdit)
-
-    def run() -> Tensor:
-        return call(inputs.latents, inputs.context, table)
-
     ways = [
         rounded_to(module.choice.backend, wanted.dtype)
         for module in mmdit.joint_blocks.modules()  # type: ignore[attr-defined]  # a ModuleList, told as a sequence
@@ -156,17 +155,19 @@ def make_step(wanted: Wanted, batch: int, height: int, width: int, tokens: int) 
     ]
     linear = max(set(ways), key=ways.count) if ways else dtype_name(wanted.dtype)
     stored = "float8" if ways else dtype_name(wanted.dtype)
-    return Step(wanted, mmdit, run, linear, stored)
 
+    def step(call: Callable[..., Tensor]) -> Step:
+        return Step(wanted, mmdit, partial(call, inputs.latents, inputs.context, table), linear, stored)
 
-def _call(mmdit: MMDiT) -> Callable[[Tensor, Tensor, Modulation], Tensor]:
-    return mmdit
+    yield "", step(through(mmdit))
+    if captured_by(mmdit) is not None:
+        yield "_eager", step(mmdit)
 
 
 def variants_here(wanted: Wanted) -> dict[str, Wanted]:
-    """The variants that make sense on a device: weights as they are and in FP8, on a CPU also by `--fast`."""
-    wide = replace(wanted, fp8=False, fast=False)
-    found = {dtype_name(wanted.dtype): wide, "fp8": replace(wanted, fp8=True, fast=False)}
-    if wanted.device.type == "cpu":
-        found["fp8_fast"] = replace(wanted, fp8=True, fast=True)
-    return found
+    """The variants that make sense on a device: weights as they are, in FP8, and in FP8 by `--fast`."""
+    return {
+        dtype_name(wanted.dtype): replace(wanted, fp8=False, fast=False),
+        "fp8": replace(wanted, fp8=True, fast=False),
+        "fp8_fast": replace(wanted, fp8=True, fast=True),
+    }
