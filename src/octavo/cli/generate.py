@@ -37,7 +37,7 @@ octavo generate "a red heart on a white background" --control canny:photo.png --
 
 octavo generate "a park, trees" --image park.png --outpaint 256,0,256,0 --model sd3.5_large
 
-octavo generate --from output/octavo-00001.png --seed 7
+octavo generate --from output/octavo-00001.png --seed 7 --speed fast
 
 octavo generate - < prompts.txt --batch 2 --out pictures/
 """
@@ -125,6 +125,10 @@ def generate(
     guidance_interval: Annotated[
         str | None, typer.Option(help="Part of the steps that is guided, such as 0.1-0.8.")
     ] = None,
+    speed: Annotated[
+        str | None,
+        typer.Option(help="exact, balanced or fast: how many evaluations are forecast, not made (exact if unsaid)."),
+    ] = None,
     clip_skip: Annotated[int | None, typer.Option(help="Which of CLIP's last layers is read; 2 for SD3.")] = None,
     tiled_vae: Annotated[
         bool | None,
@@ -174,7 +178,7 @@ def generate(
         "clip_skip": clip_skip, "denoise": _share(denoise, image, mask or outpaint),
         "controls": _controls(control, strength=control_strength, start=control_start, end=control_end),
         "loras": _loras(lora), "image": str(image) if image else None, "mask": str(mask) if mask else None,
-        "mask_grow": mask_grow, "mask_feather": mask_feather, "outpaint": _borders(outpaint),
+        "speed": speed, "mask_grow": mask_grow, "mask_feather": mask_feather, "outpaint": _borders(outpaint),
         **parse_size(size), **_interval(guidance_interval), **_skip_layers(slg),
     }  # fmt: skip
     requests = _requests(_texts(prompt, prompts), repeat, given)

@@ -91,6 +91,10 @@ def serve(
     queue_limit: Annotated[
         int | None, typer.Option(help="Requests that may wait (1000 if unsaid).", rich_help_panel=LIMITS)
     ] = None,
+    speed: Annotated[
+        str | None,
+        typer.Option(help="exact, balanced or fast, where a request says none, and for workflows (exact if unsaid)."),
+    ] = None,
     max_pixels: Annotated[
         int | None, typer.Option(help="Pixels of a picture to draw (4194304 if unsaid).", rich_help_panel=LIMITS)
     ] = None,
@@ -157,7 +161,7 @@ def serve(
         "allowed_hosts": _several(allowed_host), "cors": _several(cors), "public_url": public_url,
         "models_dir": models_dir, "data_dir": data_dir,
         "output_dir": output_dir, "input_dir": input_dir, "workers": workers, "queue_limit": queue_limit,
-        "max_pixels": max_pixels, "max_upload_pixels": max_upload_pixels, "max_body": max_body,
+        "max_pixels": max_pixels, "max_upload_pixels": max_upload_pixels, "max_body": max_body, "speed": speed,
         "body_timeout": body_timeout, "job_timeout": job_timeout, "log_format": log_format, "log_level": log_level,
         "device": device, "dtype": dtype, "tiled_vae": tiled_vae, "vram": vram, "vae": vae,
         "text_encoders": _several(text_encoder),

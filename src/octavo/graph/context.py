@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from octavo.pipeline.run import Solve
     from octavo.pipeline.shelf import Shelf
+    from octavo.pipeline.speed import Speed
 
 T = TypeVar("T")
 Report = Callable[[float, float, Any], None]
@@ -48,6 +49,7 @@ class Context:
     extra_pnginfo: Mapping[str, Any] = field(default_factory=dict)  # what pictures keep beside it: the web's "workflow"
     metadata: bool = True  # whether saved pictures carry the two
     max_pixels: int = 16384 * 16384  # of a picture to draw; larger ones are refused
+    speed: "Speed | None" = None  # of all runs; None for the exact one
     node_id: str = ""
     report: Report = _unheard  # how `progress` is told; use `progress`
 

@@ -25,6 +25,7 @@ from octavo.graph.spec import NodeSpec
 from octavo.graph.workflow import Workflow, validate
 from octavo.pipeline.pace import SHARE, Pace
 from octavo.pipeline.run import Solve, solve
+from octavo.pipeline.speed import EXACT, Speed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,6 +52,7 @@ class Workshop:
     nodes: Mapping[str, NodeSpec] = field(default_factory=lambda: NODES)
     cache: Cache = field(default_factory=Cache)
     max_pixels: int = 16384 * 16384  # of a picture to draw
+    speed: Speed = EXACT  # of all runs: no node says it
 
     @property
     def lists(self) -> FileLists:
@@ -121,6 +123,7 @@ def run_prompt(
         prompt=workflow.prompt,
         extra_pnginfo=extra_pnginfo or {},
         max_pixels=workshop.max_pixels,
+        speed=workshop.speed,
     )
     executor = Executor(workshop.cache, still_there=workshop.still_there)
     try:

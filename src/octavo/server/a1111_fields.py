@@ -191,6 +191,7 @@ def wishes_of(body: Drawing, options: Mapping[str, Any]) -> dict[str, Any]:
         "seed": None if body.seed == -1 else body.seed,
         "batch": body.batch_size * body.n_iter,
         "clip_skip": options.get("clip_skip"),
+        "speed": options.get("speed"),
     }
 
 

@@ -10,6 +10,7 @@ from fastapi import APIRouter
 
 from octavo.server import pictures
 from octavo.server.a1111_fields import SAMPLER_NAMES, SCHEDULE_LABELS, unknown
+from octavo.server.settings import SPEED_NAMES
 from octavo.server.state import State, TheState
 
 router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
@@ -26,8 +27,9 @@ FIXED: Mapping[str, Any] = {
 
 
 def options_of(state: State, caller: str) -> dict[str, Any]:
-    """What holds for a caller: model, clip_skip, samples_format."""
-    return {"model": state.settings.model, "clip_skip": None, "samples_format": "png"} | state.a1111.get(caller, {})
+    """What holds for a caller: model, clip_skip, samples_format, speed."""
+    usual = {"model": state.settings.model, "clip_skip": None, "samples_format": "png", "speed": state.settings.speed}
+    return usual | state.a1111.get(caller, {})
 
 
 def set_options(state: State, caller: str, options: Mapping[str, Any]) -> None:
@@ -44,6 +46,7 @@ def shown_options(state: State, caller: str) -> dict[str, Any]:
         "sd_model_checkpoint": model or "octavo-demo",
         "CLIP_stop_at_last_layers": found["clip_skip"] or 1,
         "samples_format": found["samples_format"],
+        "octavo_speed": found["speed"],
     }
 
 
@@ -64,6 +67,8 @@ async def checked(state: State, given: Mapping[str, Any]) -> dict[str, Any]:
             found["clip_skip"] = None if value == 1 else value
         elif name == "samples_format" and isinstance(value, str) and value.lower() in FORMATS:
             found["samples_format"] = FORMATS[value.lower()]
+        elif name == "octavo_speed" and value in SPEED_NAMES:
+            found["speed"] = value
         elif not (name in FIXED and (value == FIXED[name] or (name == "sd_vae" and value in ("None", None)))):
             raise unknown(name, f"The option {name[:60]} cannot be {value!r:.60} here.")
     return found

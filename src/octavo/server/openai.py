@@ -126,6 +126,7 @@ async def _ordered(
         "height": size and size[1],
         "steps": steps_of(body, preset.steps),
         "guidance_scale": body.guidance_scale,
+        "speed": body.speed,
         "sampler": body.sampler,
         "schedule": body.schedule,
         "seed": body.seed,

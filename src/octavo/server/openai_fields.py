@@ -46,6 +46,9 @@ class Images(BaseModel):
     guidance_scale: float | None = Field(None, ge=0, le=100)
     sampler: str | None = None
     schedule: str | None = None
+    speed: Literal["exact", "balanced", "fast"] | None = Field(
+        None, description="how many evaluations of the model are forecast instead of made; the server's own if left out"
+    )
 
     @property
     def form(self) -> str:

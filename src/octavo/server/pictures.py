@@ -69,7 +69,8 @@ def request_of(wishes: Mapping[str, Any], settings: Settings, preset: "Preset") 
             raise RequestError("The prompt has half a surrogate pair in it, which is no letter; take it out.")
     if (wishes.get("batch") or 1) > MOST_PICTURES:
         raise RequestError(f"{wishes['batch']} pictures are asked for; {MOST_PICTURES} are drawn at a time.")
-    request = GenerateRequest(**{name: value for name, value in wishes.items() if value is not None})
+    given = {name: value for name, value in wishes.items() if value is not None}
+    request = GenerateRequest(**{"speed": settings.speed} | given)
     if request.sampler is not None:
         get_sampler(request.sampler)
     if request.schedule is not None:

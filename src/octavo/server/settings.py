@@ -32,6 +32,7 @@ WORDS_FOR_TRUTH: Mapping[str, bool] = {
     "true": True, "yes": True, "1": True, "false": False, "no": False, "0": False,
 }  # fmt: skip
 SHORTEST_KEY = 16  # letters of an --api-key
+SPEED_NAMES = ("exact", "balanced", "fast")  # of `pipeline.speed`, which needs torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +53,7 @@ class Settings:
     input_dir: Path | None = None  # pictures to start from; None for `input` in the data folder
     workers: int = 16  # requests under way at once
     queue_limit: int = 1000  # requests waiting, after which new ones are refused
+    speed: str = "exact"  # where a request says none, and of all workflows; see `pipeline.speed`
     max_pixels: int = 2048 * 2048  # of a picture to draw
     max_upload_pixels: int = 50_000_000  # of a picture that is sent
     max_body: int = 64 * 2**20  # bytes of a request
@@ -71,6 +73,7 @@ class Settings:
         _within("body-timeout", self.body_timeout, 0.01, 3600)
         if self.job_timeout is not None:
             _within("job-timeout", self.job_timeout, 0.01, 10_000_000)
+        _one_of("speed", self.speed, SPEED_NAMES)
         _one_of("log-format", self.log_format, ("plain", "json"))
         _one_of("log-level", self.log_level, ("debug", "info", "warning", "error"))
         for key in self.api_keys:

@@ -8,6 +8,7 @@ from octavo.graph.nodes import NODES
 from octavo.graph.runner import Workshop, graph_runner
 from octavo.pipeline.placing import check_vram
 from octavo.pipeline.shelf import LoadSettings, Shelf
+from octavo.pipeline.speed import speed_called
 from octavo.server.state import State, Works
 
 
@@ -43,6 +44,7 @@ def load(state: State) -> Works:
         solve=batcher.solve,
         on_device=batcher.do,
         max_pixels=settings.max_pixels,
+        speed=speed_called(settings.speed),
     )
     draw = drawing(shelf, batcher, settings.output_dir, model=settings.model, metrics=metrics, watched=state.watched)
     return Works(

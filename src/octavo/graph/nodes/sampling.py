@@ -18,6 +18,7 @@ from octavo.pipeline.latents import CHANNELS, FACTOR, latent_mask
 from octavo.pipeline.request import MAX_SEED
 from octavo.pipeline.run import Inpaint, Run, Step, inpaint_noise, stretch
 from octavo.pipeline.shelf import Model
+from octavo.pipeline.speed import EXACT
 from octavo.sampling import (
     SAMPLERS,
     SCHEDULES,
@@ -252,6 +253,7 @@ def walk(
         seed=noise.seed,
         inpaint=inpaint,
         retry_bf16=context.shelf.settings.retry_bf16,
+        speed=context.speed or EXACT,
     )
 
     # From noise to data

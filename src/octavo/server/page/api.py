@@ -10,7 +10,7 @@ import json
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, Response, StreamingResponse
@@ -89,6 +89,9 @@ class Wish(BaseModel):
     guidance_start: float = 0.0
     guidance_end: float = 1.0
     skip_layer_guidance: dict[str, Any] | None = None
+    speed: Literal["exact", "balanced", "fast"] | None = Field(
+        None, description="how many evaluations of the model are forecast instead of made; the server's own if left out"
+    )
 
 
 class Uploaded(BaseModel):

@@ -124,6 +124,7 @@ function settings() {
     guidance_scale: number("guidance_scale"),
     sampler: field("sampler").value,
     schedule: field("schedule").value,
+    speed: field("speed").value,
     shift: number("shift"),
     batch: number("batch"),
     // As text: a seed may have more digits than a number here can hold.
@@ -202,7 +203,7 @@ drop.ondrop = (event) => (event.preventDefault(), drop.classList.remove("over"),
 function useThese(used) {
   field("model").value = models.find((each) => each.called === used.model)?.name ?? field("model").value;
   about();
-  for (const name of ["prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "sampler", "schedule", "shift", "seed"])
+  for (const name of ["prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "sampler", "schedule", "shift", "seed", "speed"])
     if (used[name] !== undefined) field(name).value = used[name];
   field("batch").value = 1;
   useLoras(used.loras || []);
@@ -252,7 +253,7 @@ function paintAbout(job, finished, other) {
   const used = finished.settings;
   const lines = [
     ["p", used.prompt],
-    ["p", `${used.model} · ${used.width}×${used.height} · ${used.steps} steps · guidance ${used.guidance_scale} · ${used.sampler}, ${used.schedule} · seed ${used.seed}` +
+    ["p", `${used.model} · ${used.width}×${used.height} · ${used.steps} steps · guidance ${used.guidance_scale} · ${used.sampler}, ${used.schedule} · seed ${used.seed}` + (used.speed && used.speed !== "exact" ? ` · ${used.speed}` : "") +
       (job.seconds ? ` · ${job.seconds.toFixed(1)} s` : "") + (other?.seconds ? ` and ${other.seconds.toFixed(1)} s` : ""), "hint"],
   ].map(([tag, textContent, className = ""]) => Object.assign(document.createElement(tag), { textContent, className }));
   if (used.loras?.length) lines.push(Object.assign(document.createElement("p"), { textContent: `with ${used.loras.map((each) => `${each.name} ${each.strength}`).join(", ")}`, className: "hint" }));
@@ -434,8 +435,9 @@ async function begin() {
   listLoras(told.loras);
   field("model").replaceChildren(...models.map((each) => new Option(each.title, each.name)));
   field("model").value = told.default;
-  for (const [name, values] of [["sampler", told.samplers], ["schedule", told.schedules]])
+  for (const [name, values] of [["sampler", told.samplers], ["schedule", told.schedules], ["speed", told.speeds]])
     field(name).replaceChildren(...values.map((value) => new Option(value, value)));
+  field("speed").value = told.speed;
   $("comfy-link").hidden = !told.comfy;
   suit();
 }

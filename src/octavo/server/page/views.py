@@ -59,6 +59,8 @@ class Models(BaseModel):
     default: str
     samplers: list[str]
     schedules: list[str]
+    speeds: list[str]
+    speed: str  # where nothing is said
     loras: list[str]
     comfy: bool  # whether ComfyUI's page is served
 
@@ -66,6 +68,7 @@ class Models(BaseModel):
 def list_models(state: State) -> Models:
     """Every model of the tree that can draw; those that cannot are left out, and the log says why."""
     from octavo.checkpoint.folders import MODELS
+    from octavo.pipeline.speed import SPEEDS
     from octavo.sampling import SAMPLERS, SCHEDULES
 
     default = state.shelf.components(state.settings.model)
@@ -84,6 +87,8 @@ def list_models(state: State) -> Models:
         default=chosen,
         samplers=[name for name in SAMPLERS if not name.endswith("_gpu")],
         schedules=list(SCHEDULES),
+        speeds=list(SPEEDS),
+        speed=state.settings.speed,
         loras=state.shelf.loras.names(),
         comfy=find_spec("comfyui_frontend_package") is not None,
     )
@@ -140,7 +145,7 @@ def settings_of(state: State, model: str | None, asked: Mapping[str, Any]) -> tu
             raise Refused(text, status=404, kind="model_not_found", param="model")
         name = name or state.settings.model
     components = state.shelf.components(name)
-    request = GenerateRequest.from_settings(asked)
+    request = GenerateRequest.from_settings({"speed": state.settings.speed} | dict(asked))
     job = resolve(request, components.preset, model=components.name, max_side=components.max_side)
     components.stack(job.loras)
     if job.width * job.height > state.settings.max_pixels:
