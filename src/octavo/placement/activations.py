@@ -20,18 +20,20 @@ WORKSPACE = 64 << 20  # bytes: cuBLAS takes 32 MiB on Hopper, cuDNN a few, torch
 def mmdit_step(config: MMDiTConfig, work: Work, *, itemsize: int, fp8: bool) -> int:
     """Bytes of one call of the MMDiT, its inputs and output left out.
 
-    The widest place is the second layer of the image's MLP: the tokens before the block, after its attention and what
-    this layer makes of them (3 D); queries, keys and values of both streams and what they attended to (4 D); the hidden
-    tokens before and after GELU (2 · 4 D); the branch that was added (D).
+    The widest place is one of three. The second layer of the image's MLP: the tokens before the block, after its
+    attention and what this layer makes of them (3 D), what they attended to (D, once more for a second attention), the
+    branch that was added (D), the hidden tokens before and after GELU (2 · 4 D). The same layer of the text, where there
+    is more text than image. Attention: what enters the block (D), what the layer of queries, keys and values gave, those
+    with their heads (2 · 3 D), and what they attend to, by head and joined again (2 D).
 
     Args:
         fp8: whether inputs of linear layers are rounded to FP8, which takes a copy of a byte a number.
     """
     b, n, t, D = work.rows, work.image_tokens(config), work.tokens, config.width
-    hidden = config.mlp_ratio
-    image = 8 + 2 * hidden + (4 if config.dual_attention else 0)
-    wide = itemsize * b * D * (image * n + 5 * t)
-    rounded = b * n * (hidden * D + 4) if fp8 else 0
+    hidden, second = config.mlp_ratio, 1 if config.dual_attention else 0
+    mlp = max((5 + second + 2 * hidden) * n + 2 * t, (3 + second) * n + (5 + 2 * hidden) * t)
+    wide = itemsize * b * D * max(mlp, (9 + second) * n + 9 * t)
+    rounded = b * max(n, t) * (hidden * D + 4) if fp8 else 0
     return wide + rounded
 
 
