@@ -30,7 +30,13 @@ class Mover(Protocol):
     device: torch.device
 
     def host(self, nbytes: int) -> Tensor:
-        """A buffer [nbytes] uint8 in host memory, from which copies are fast."""
+        """A buffer [nbytes] uint8 in host memory."""
+
+    def pin(self, buffer: Tensor) -> None:
+        """Have copies from a buffer of `host` be fast, now that it is filled."""
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether it is on the device already, where it may stay as it is."""
 
     def buffer(self, nbytes: int) -> Tensor:
         """A buffer [nbytes] uint8 on the device."""
@@ -61,16 +67,27 @@ class CudaMover:
         self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def host(self, nbytes: int) -> Tensor:
-        # torch's own pinned memory comes in powers of two: of blocks of 142 MB that would be 80 % too much.
-        memory = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE))
-        flat = torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]
-        address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
-        failed = torch.cuda.cudart().cudaHostRegister(address, len(memory), 0)  # type: ignore[no-untyped-call]
+        # torch's own pinned memory comes in powers of two: of blocks of 142 MB that would be 80 % too much. Pages of
+        # the system's, whole ones: two buffers that share a page could not both be pinned.
+        memory = mmap.mmap(-1, max(nbytes, 1))
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)  # fewer pages to pin
+        return torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]
+
+    def pin(self, buffer: Tensor) -> None:
+        address, nbytes = buffer.data_ptr(), buffer.numel()
+        if not nbytes:
+            return
+        failed = torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)  # type: ignore[no-untyped-call]
         if int(failed):
             logger.warning("%d bytes of host memory cannot be pinned (%s): copies from there are slow.", nbytes, failed)
         else:
-            weakref.finalize(flat, _unpin, self.device, address, memory).atexit = False
-        return flat
+            # The buffer's memory is kept, by its storage, until after this.
+            storage = buffer.untyped_storage()
+            weakref.finalize(buffer, _unpin, self.device, address, storage).atexit = False
+
+    def holds(self, tensor: Tensor) -> bool:
+        return tensor.device == self.device
 
     def buffer(self, nbytes: int) -> Tensor:
         # Of the computing stream's memory: what was there before is read no more when `mark` comes.
@@ -96,11 +113,10 @@ class CudaMover:
         torch.cuda.synchronize(self.device)
 
 
-def _unpin(device: torch.device, address: int, memory: mmap.mmap) -> None:
+def _unpin(device: torch.device, address: int, memory: torch.UntypedStorage) -> None:  # noqa: ARG001  # kept until then
     """Before the memory goes back to the system, when no copy reads it any more."""
     torch.cuda.synchronize(device)
     torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
-    del memory  # kept until here
 
 
 @dataclass(slots=True)
@@ -135,6 +151,12 @@ class PlainMover:
 
     def host(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
+
+    def pin(self, buffer: Tensor) -> None:
+        """Nothing to do: copies are as fast as they are."""
+
+    def holds(self, tensor: Tensor) -> bool:  # noqa: ARG002  # the "device" is made of buffers of its own
+        return False
 
     def buffer(self, nbytes: int) -> Tensor:
         made = torch.empty(nbytes, dtype=torch.uint8, device=self.device)

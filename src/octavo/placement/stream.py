@@ -52,12 +52,15 @@ class _Held:
         if self.home is None:
             home = self._mover.host(self.nbytes)
             self.layout.gather(home)
+            self._mover.pin(home)
             self.home, self.at_home = home, self.layout.pointing(home)
         point(self.at_home)
         self._own = None
 
     def settle(self, *, keep_home: bool) -> None:
         """Onto the device, until further notice."""
+        if self.home is None and all(map(self._mover.holds, self.unit.tensors())):
+            return
         if self._own is None:
             own = self._mover.buffer(self.nbytes)
             if self.home is None:
