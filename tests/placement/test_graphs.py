@@ -20,6 +20,7 @@ from octavo.fp8 import Choice, Fp8Linear, LinearSpec, at_sigmas, watch
 from octavo.fp8.matmul import PLAIN, PLAIN_W8A8, PLAIN_WIDE
 from octavo.models import MMDiT, MMDiTConfig, Modulation
 from octavo.models.adapter import Adapter, LayerChange, LowRank, adapted
+from octavo.models.packed import pack
 from octavo.placement.arguments import rebuild, tensors_in
 from octavo.placement.graphs import Captured, Limits, capture, captured_by, through
 
@@ -277,6 +278,18 @@ def test_parts_of_the_schedule_are_part_of_the_bucket() -> None:
     assert len(graphs) == 4
     assert torch.equal(seen[0], seen[4])
     assert not torch.equal(seen[0], seen[1])
+
+
+def test_texts_of_unlike_lengths_have_a_graph_for_their_lengths() -> None:
+    """Which token belongs to which row is an input as well; it is spoilt after each replay, as all of them are."""
+    model = made()
+    graphs = captured(model)
+    for lengths in ((3, 5), (5, 3), (3, 5), (3, 6)):
+        x, _, table = inputs(model, sum(lengths))
+        texts = [torch.randn(1, length, 32) for length in lengths]
+        expected = model(x, pack(texts), table)
+        assert torch.equal(through(model)(x, pack(texts), table), expected)
+    assert (len(graphs), graphs.replays) == (3, 4)
 
 
 def test_whoever_watches_layers_sees_them_work() -> None:

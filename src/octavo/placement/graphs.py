@@ -295,7 +295,8 @@ class Captured:
         for ref in self._linears:
             linear = ref()
             if isinstance(linear, Fp8Linear):
-                stamp += [linear.choice, linear.twin, linear.lora_down, linear.lora_up, linear.scale.data_ptr()]
+                stamp += [linear.choice, linear.twin, linear.lora_down, linear.lora_up, linear.input_scale]
+                stamp.append(linear.scale.data_ptr())
                 stamp.append(None if linear.given_up else linear.q.data_ptr())
             elif linear is not None:
                 stamp.append(linear.weight.data_ptr())
