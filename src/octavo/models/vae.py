@@ -1,7 +1,8 @@
 """The autoencoder of SD3: pixels to 16-channel latents an eighth as wide and high, and back.
 
-Only the mathematics, in the key layout of the single files (`encoder.down.0.block.0.conv1.weight` …). Tiling and
-memory are `pipeline.decode`'s business, reading files `checkpoint`'s.
+Only the mathematics, in the key layout of the single files (`encoder.down.0.block.0.conv1.weight` …). What is said here
+is the definition; large pictures go through it by rows (`rows`). Tiling is `pipeline.decode`'s business, reading files
+`checkpoint`'s.
 
 Sources: Rombach et al. 2022 (arXiv 2112.10752); Esser et al. 2024 (arXiv 2403.03206) for 16 channels, shift and scale.
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from octavo.models import rows
 from octavo.models.attention import attention
 
 SHIFT, SCALE = 0.0609, 1.5305
@@ -197,10 +199,18 @@ class VAE(nn.Module):
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1], sides divisible by 8 → moments [B, 32, h, w]: mean, then log-variance."""
-        moments: Tensor = self.encoder(pixels)
+        by_rows = self._by_rows(pixels, 1)
+        moments: Tensor = rows.encode(self.encoder, pixels) if by_rows else self.encoder(pixels)
         return moments
 
     def decode(self, z: Tensor) -> Tensor:
         """Encoded latents [B, 16, h, w] → pixels [B, 3, H, W] near [-1, 1], not clamped."""
-        pixels: Tensor = self.decoder(z)
+        by_rows = self._by_rows(z, self.config.factor)
+        pixels: Tensor = rows.decode(self.decoder, z) if by_rows else self.decoder(z)
         return pixels
+
+    def _by_rows(self, x: Tensor, factor: int) -> bool:
+        """By rows unless a picture is small, or gradients are to flow back: what rows overwrite they would need."""
+        if torch.is_grad_enabled() and (x.requires_grad or any(each.requires_grad for each in self.parameters())):
+            return False
+        return rows.by_rows(self.config, x.shape[-2] * factor, x.shape[-1] * factor)
