@@ -3,9 +3,9 @@
     use_ops(model, PlainOps(Attending(device, mode="fast")))
 
 An `AttentionBackend` names a function, its `needs` and its `error`: how far it is from attention in float32 on what the
-blocks of a trained model really attend to, in bfloat16 (`benchmarks/attention.py` measures it; for our own kernels it is
-that of their definitions). Those that round to fewer bits than
-q, k and v have serve in mode "fast", or when they are asked for by name. On a CPU the definition is taken, as ever.
+blocks of a trained model really attend to, in bfloat16 (measured by `benchmarks/attention.py`; that of our own kernels
+is their definitions'). Those that round to fewer bits than q, k and v have serve in mode "fast", or when they are asked
+for by name. On a CPU the definition is taken, as ever.
 
 B batch, L queries, M keys, H heads, E width of a head.
 """
