@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from PIL import Image
 from starlette.testclient import TestClient
@@ -127,6 +128,76 @@ def test_a_picture_that_was_sent_is_one_to_follow(server: TestClient) -> None:
     for wrong, word in (({"type": "depth"}, "no ControlNet for depth"), ({"model": "/etc/passwd"}, "no ControlNet")):
         refused = server.post("/octavo/jobs", json={**SETTINGS, "controls": [{"image": name, **wrong}]})
         assert (refused.status_code, word in refused.text) == (404, True), refused.text
+
+
+def test_a_part_of_a_finished_picture_is_drawn_anew_and_the_rest_stays(live_model: Live) -> None:
+    """Without feather only the region may change; the new picture tells what was done, and can be refined again."""
+    with httpx.Client(base_url=live_model.url, timeout=30) as server:
+
+        def finished(answer: httpx.Response) -> dict[str, Any]:
+            assert answer.status_code == 201, answer.text
+            found: dict[str, Any] = {}
+
+            def over() -> bool:
+                found.update(server.get(f"/octavo/jobs/{answer.json()['id']}").json())
+                return bool(found["over"])
+
+            until(over, "the job ends")
+            assert found["state"] == "done", found["error"]
+            return found
+
+        def pixels(job: dict[str, Any]) -> Any:
+            return np.array(Image.open(io.BytesIO(server.get(f"/{job['pictures'][0]['url']}").content)).convert("RGB"))
+
+        first = finished(server.post("/octavo/jobs", json={**SETTINGS, "width": 128, "height": 128}))
+        wish = {"prompt": "a blue square", "region": [64, 32, 48, 40], "feather": 0, "denoise": 0.9, "steps": 3}
+        wish["picture"] = first["pictures"][0]["name"]
+        second = finished(server.post("/octavo/refine", json=wish))
+        (told,) = second["pictures"][0]["refined"]
+        assert told["region"] == wish["region"]
+        assert told["request"]["prompt"] == "a blue square"
+        assert second["pictures"][0]["settings"]["prompt"] == SETTINGS["prompt"]
+        differ = (pixels(first) != pixels(second)).any(axis=2)
+        rows, columns = np.nonzero(differ)
+        assert (columns.min(), columns.max() + 1, rows.min(), rows.max() + 1) == (64, 112, 32, 72)
+        again = {**wish, "picture": second["pictures"][0]["name"], "region": [0, 0, 40, 40], "follow_edges": 0}
+        third = finished(server.post("/octavo/refine", json=again))
+        assert [each["region"] for each in third["pictures"][0]["refined"]] == [[64, 32, 48, 40], [0, 0, 40, 40]]
+
+        # A picture from elsewhere says nothing of itself: the part's settings stand for it.
+        buffer = io.BytesIO()
+        Image.new("RGB", (96, 64), "white").save(buffer, "PNG")
+        name = server.post("/octavo/pictures", content=buffer.getvalue()).json()["name"]
+        foreign = finished(server.post("/octavo/refine", json={**wish, "picture": name, "region": [8, 8, 40, 40]}))
+        assert foreign["pictures"][0]["settings"]["prompt"] == "a blue square"
+        assert pixels(foreign).shape == (64, 96, 3)
+
+
+@pytest.mark.parametrize(
+    ("wish", "status", "word"),
+    [
+        ({"region": [40, 40, 40, 40]}, 400, "not inside"),
+        ({"region": [0, 0, 4, 40]}, 400, "at least 8"),
+        ({}, 400, "either a region"),
+        ({"region": [0, 0, 32, 32], "mask": "absent.png"}, 400, "no picture"),
+        ({"region": [0, 0, 32, 32], "picture": "absent.png"}, 400, "no picture"),
+        ({"region": [0, 0, 32, 32], "picture": "../data/keys.json"}, 400, "no name of a file"),
+        ({"region": [0, 0, 32, 32], "denoise": 2}, 422, "denoise"),
+        ({"region": [0, 0, 32, 32], "batch": 2}, 422, "batch"),
+        ({"region": [0, 0, 32, 32], "prompt": " "}, 400, "prompt is empty"),
+        ({"region": [0, 0, 32, 32], "follow_edges": 0.5}, 400, "no edges"),
+    ],
+)
+def test_parts_that_cannot_be_refined_are_refused_at_once(
+    server: TestClient, wish: dict[str, Any], status: int, word: str
+) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(buffer, "PNG")
+    name = server.post("/octavo/pictures", content=buffer.getvalue()).json()["name"]
+    answer = server.post("/octavo/refine", json={"picture": name, "prompt": "a red star", **wish})
+    assert answer.status_code == status, answer.text
+    assert word in answer.text
+    assert server.get("/octavo/jobs").json()["total"] == 0
 
 
 @pytest.mark.parametrize(
@@ -288,5 +359,61 @@ def test_a_picture_is_drawn_used_again_and_compared_in_a_browser(
     page.reload()
     page.wait_for_selector("#gallery button")
     assert page.locator(f"#gallery button[title='{prompt}']").count() == 2
+    assert troubles == []
+    page.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (390, "light")])
+def test_a_part_is_marked_by_dragging_and_refined_in_a_browser(
+    browser: Any, live_model: Live, width: int, scheme: str
+) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
+    troubles: list[str] = []
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.goto(live_model.url)
+    page.wait_for_selector("select[name=model] option", state="attached")
+    prompt = f"a small yellow star on a {'blue' if scheme == 'light' else 'green'} background"
+    page.fill("#form [name=prompt]", prompt)
+    page.fill("[name=steps]", "4")
+    page.click("#form button.main")
+    page.wait_for_selector(f"#frame img[alt='{prompt}']")
+
+    # The boxes stay the same elements whatever happens to other jobs, so that they can be pressed and marked
+    boxes, other = "#about button, #gallery button, #frame img", f"a {'red' if scheme == 'light' else 'pink'} heart"
+    page.eval_on_selector_all(boxes, "(boxes) => { for (const box of boxes) box.kept = true }")
+    httpx.post(f"{live_model.url}/octavo/jobs", json={"prompt": other, "steps": 2})
+    page.wait_for_selector(f"#gallery button[title='{other}']")
+    fresh = page.eval_on_selector_all(boxes, "(boxes) => boxes.filter((box) => !box.kept).map((box) => box.title)")
+    assert fresh == [other]
+
+    page.click("text=Refine a part")
+    page.wait_for_selector("#refine:not([hidden])")
+    assert page.input_value("#refine [name=prompt]") == prompt
+    page.locator("#frame").scroll_into_view_if_needed()
+    box = page.eval_on_selector(
+        "#frame img", "(i) => { const b = i.getBoundingClientRect(); return [b.x, b.y, b.width] }"
+    )
+    left, top, side = box
+    page.mouse.move(left + side / 4, top + side / 4)
+    page.mouse.down()
+    page.mouse.move(left + side / 2, top + side * 3 / 4, steps=4)
+    page.mouse.up()
+    region = [int(page.input_value(f"#refine [name={name}]")) for name in ("x", "y", "width", "height")]
+    assert all(abs(found - wanted) <= 1 for found, wanted in zip(region, (32, 32, 32, 64), strict=True)), region
+    seen = page.locator(".marked").bounding_box()
+    assert abs(seen["x"] - (left + side / 4)) < 6
+    assert abs(seen["width"] - side / 4) < 6
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+    page.fill("#refine [name=width]", "4000")
+    page.fill("#refine [name=prompt]", "a large red star")
+    page.click("#refine button.main")
+    page.wait_for_selector("#refine-trouble:not([hidden])")
+    assert "not inside" in page.inner_text("#refine-trouble")
+    page.fill("#refine [name=width]", str(region[2]))
+    page.click("#refine button.main")
+    page.wait_for_selector("#about :text('refined at')")
+    assert "a large red star" in page.inner_text("#about")
+    assert page.locator("#refine").is_hidden()
     assert troubles == []
     page.close()

@@ -1,16 +1,18 @@
 """Requests for pictures, drawn in company: what the service runs for jobs of the kind "generate".
 
 Payload: {"request": `GenerateRequest.settings`, "model": name or None for the server's own, "format": png, jpeg or
-webp, "prefix": what the files are called, "preview_every": steps between previews, 0 for none}; all but the request
-may be left out.
-Result: {"pictures": [{"path" within the output folder, "seed", "settings"}], "seconds"}. A job that is cancelled or
-fails midway has the pictures that were finished by then.
+webp, "prefix": what the files are called, "preview_every": steps between previews, 0 for none, "refine": of what the
+request is to draw a part anew, {"picture": path, "denoise", and the fields of `Refinement`}}; all but the request may
+be left out.
+Result: {"pictures": [{"path" within the output folder, "seed", "settings"; "refined": what was done to a part}],
+"seconds"}. A job that is cancelled or fails midway has the pictures that were finished by then.
 
 The work is `pipeline.generate`'s, stage by stage; here are only the files and the events. The pictures of one request
 share the running batch as those of many do: each is the very one that it would be alone.
 """
 
 import io
+import json
 import os
 import re
 import threading
@@ -27,6 +29,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from octavo.checkpoint.presets import Preset
 from octavo.devices import compute_on_one_core, whole_processor
 from octavo.engine.batch import Batcher
 from octavo.engine.events import Task
@@ -37,6 +40,7 @@ from octavo.pipeline.encode import Conditioning, TextEncoders
 from octavo.pipeline.generate import Progress, draw, prepare
 from octavo.pipeline.image import Picture, part_of
 from octavo.pipeline.pace import SHARE, Pace
+from octavo.pipeline.refine import DENOISE, NOTE, Part, Refinement, refining
 from octavo.pipeline.request import GenerateRequest, resolve
 from octavo.pipeline.shelf import Shelf
 
@@ -72,10 +76,14 @@ def drawing(
         compute_on_one_core()
         start = monotonic()
         payload = task.job.payload
-        request = _request(payload)
         files = _Files(task, numbers, payload.get("prefix", "octavo"), payload.get("format", "png"))
         components = shelf.components(payload.get("model") or model)
-        job = resolve(request, components.preset, model=components.name, max_side=components.max_side)
+        with _part_of(payload, components.preset) as part:
+            return draw_all(task, part, files, components, start)
+
+    def draw_all(task: Task, part: Part, files: _Files, components: Components, start: float) -> dict[str, Any]:
+        payload = task.job.payload
+        job = resolve(part.request, components.preset, model=components.name, max_side=components.max_side)
         tell = _Teller(task, components, job.batch, _whole_number(payload, "preview_every", 1), watched, pace)
 
         def encode(encoders: TextEncoders, prompt: str, clip_skip: int) -> Conditioning:
@@ -99,7 +107,7 @@ def drawing(
             picture = draw(components, single, track, watch, index, job.batch, batcher.solve, batcher.do)
             if metrics is not None:
                 metrics.seconds("decode", monotonic() - decoding)
-            return _without_paths(picture)
+            return part.put_back(_without_paths(picture))
 
         done: list[dict[str, Any]] = []
         try:
@@ -237,7 +245,11 @@ class _Files:
                 f"The picture cannot be written to the output folder ({why}). The server's owner should look whether "
                 "the folder is there and the disk has room."
             ) from error
-        return {"path": path.name, "seed": picture.settings["seed"], "settings": picture.settings}
+        refined = json.loads(picture.notes[NOTE]) if NOTE in picture.notes else []
+        # A picture that was refined may be from anywhere, and then tells of its part alone.
+        settings = picture.settings or refined[-1]["request"]
+        told = {"path": path.name, "seed": settings["seed"], "settings": settings}
+        return told | ({"refined": refined} if refined else {})
 
     def _free_name(self) -> Path:
         """A name that from now on is this job's alone, among all jobs of the queue."""
@@ -256,6 +268,23 @@ def _request(payload: Mapping[str, Any]) -> GenerateRequest:
     if not isinstance(settings, Mapping):
         raise RequestError("The job has no 'request': need the settings of a picture.")
     return GenerateRequest.from_settings(settings)
+
+
+@contextmanager
+def _part_of(payload: Mapping[str, Any], preset: Preset) -> Iterator[Part]:
+    """What is to be drawn: the request as it is, or the part of a picture that it is to draw anew."""
+    request, wish = _request(payload), payload.get("refine")
+    if wish is None:
+        yield Part(request, lambda picture: picture)
+        return
+    if not isinstance(wish, Mapping) or not isinstance(wish.get("picture"), str):
+        raise RequestError("The job's 'refine' names no picture.")
+    given = {name: wish[name] for name in Refinement.__dataclass_fields__ if wish.get(name) is not None}
+    if "region" in given:
+        given["region"] = tuple(given["region"])
+    refinement = Refinement(**given)
+    with refining(preset, wish["picture"], request, refinement, denoise=wish.get("denoise", DENOISE)) as part:
+        yield part
 
 
 def _whole_number(payload: Mapping[str, Any], name: str, default: int) -> int:

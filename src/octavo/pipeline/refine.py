@@ -6,13 +6,15 @@ prompt of its own, made small again and blended in. Outside of the mask and its 
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
 
+from octavo.checkpoint.presets import Preset
 from octavo.errors import RequestError
 from octavo.pipeline.components import Components
 from octavo.pipeline.control_request import ControlImage
@@ -74,11 +76,33 @@ def refine(
     Raises:
         RequestError: a part that is not in the picture, or a file that cannot be read.
     """
+    with refining(components.preset, picture, request, refinement, denoise=denoise) as part:
+        (drawn,) = generate(components, part.request, watch=watch)
+        return part.put_back(drawn)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part cut out of its picture: to be drawn, and to be put back."""
+
+    request: GenerateRequest  # what draws it; its picture and mask are files that last as long as `refining`
+    put_back: Callable[[Picture], Picture]  # what was drawn → the whole picture
+
+
+@contextmanager
+def refining(
+    preset: Preset, picture: str, request: GenerateRequest, refinement: Refinement, *, denoise: float = DENOISE
+) -> Iterator[Part]:
+    """Cut the part out, for those who draw otherwise than by `generate`; arguments and errors are those of `refine`.
+
+    Args:
+        preset: of the model, for the size that it likes best.
+    """
     if request.batch != 1 or request.image is not None or request.mask is not None or request.outpaint is not None:
         raise RequestError("A refinement draws one part of one picture: leave out batch, image, mask and outpaint.")
     opened = open_image(picture)
     whole = flat(upright(opened))
-    size = request.width or components.preset.width, request.height or components.preset.height
+    size = request.width or preset.width, request.height or preset.height
     mask = shaped(_mask(whole, picture, refinement), 0, refinement.feather)
     prepared = prepare(whole, mask, size, only_masked=True, padding=refinement.context, hard=False)
     assert prepared.mask is not None
@@ -86,7 +110,6 @@ def refine(
         part, marked = Path(folder) / "part.png", Path(folder) / "mask.png"
         prepared.image.save(part)
         prepared.mask.save(marked)
-        edges = ControlImage(image=str(part), type="canny", preprocess="canny", strength=refinement.follow_edges)
         asked = replace(
             request,
             image=str(part),
@@ -94,10 +117,30 @@ def refine(
             denoise=denoise,
             width=size[0],
             height=size[1],
-            controls=(*request.controls, *((edges,) if refinement.follow_edges else ())),
+            controls=(*request.controls, *edges_of(str(part), refinement)),
         )
-        (drawn,) = generate(components, asked, watch=watch)
-    return Picture(prepared.compose(drawn.image), _settings(opened), _notes(opened, refinement, drawn.settings))
+
+        def put_back(drawn: Picture) -> Picture:
+            composed = prepared.compose(drawn.image)
+            return Picture(composed, _settings(opened), _notes(opened, refinement, drawn.settings))
+
+        yield Part(asked, put_back)
+
+
+def edges_of(picture: str, refinement: Refinement) -> tuple[ControlImage, ...]:
+    """What keeps the outlines of `picture`; nothing where that is not asked."""
+    if not refinement.follow_edges:
+        return ()
+    return (ControlImage(image=picture, type="canny", preprocess="canny", strength=refinement.follow_edges),)
+
+
+def check(picture: str, refinement: Refinement) -> None:
+    """Whether the part is in the picture.
+
+    Raises:
+        RequestError: it is not, or a file cannot be read.
+    """
+    _mask(flat(upright(open_image(picture))), picture, refinement)
 
 
 def _mask(whole: Image.Image, path: str, refinement: Refinement) -> Image.Image:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from octavo.engine.events import Event
 from octavo.server import jobs
 from octavo.server.limits import open_picture
-from octavo.server.page.views import JobView, Models, job_view, list_models, settings_of
+from octavo.server.page.views import JobView, Models, job_view, list_models, settings_of, settings_of_part
 from octavo.server.problems import Refused
 from octavo.server.security import caller_of, jail
 from octavo.server.state import State, TheState
@@ -94,6 +94,37 @@ class Wish(BaseModel):
     )
 
 
+class RefineWish(BaseModel):
+    """A part of a picture to draw anew, at the model's full size; everything else is as in the model's preset."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    picture: str = Field(max_length=1000, description="a finished one, or one as /octavo/pictures named it")
+    region: tuple[int, int, int, int] | None = Field(None, description="x, y, width, height in its pixels; or a mask")
+    mask: str | None = Field(
+        None, max_length=1000, description="where to draw anew: white; as /octavo/pictures named it"
+    )
+    prompt: str = Field(max_length=20_000, description="what the part shows")
+    negative_prompt: str = Field("", max_length=20_000)
+    denoise: float = Field(0.5, gt=0, le=1, description="how much of the part is drawn anew")
+    context: int = Field(32, ge=0, le=4096, description="pixels around it that the model sees and does not change")
+    feather: int = Field(8, ge=0, le=1024, description="pixels over which new and old are blended")
+    follow_edges: float = Field(0.0, ge=0, le=10, description="strength of a Canny ControlNet that keeps its outlines")
+    loras: list[LoraWish] = Field([], max_length=16)
+    model: str | None = None
+    width: int | None = Field(None, description="that the part is enlarged to")
+    height: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    sampler: str | None = None
+    schedule: str | None = None
+    shift: float | None = None
+    seed: int | None = None
+
+
+OF_THE_PART = {"picture", "region", "mask", "denoise", "context", "feather", "follow_edges"}
+
+
 class Uploaded(BaseModel):
     name: str
 
@@ -119,16 +150,41 @@ async def draw(wish: Wish, request: Request, state: TheState) -> JobView:
     asked = wish.model_dump(exclude_none=True, exclude={"model"})
     for holder, name in [(asked, "image"), (asked, "mask"), *((each, "image") for each in asked.get("controls", ()))]:
         if name in holder:
-            path = jail(state.settings.inputs, holder[name])
-            if not path.is_file():
-                raise Refused(f"There is no picture '{holder[name]}' here; send it to /octavo/pictures.", param=name)
-            holder[name] = str(path)
+            holder[name] = str(_picture_called(state, holder[name], name, finished=False))
     model, settings = await asyncio.to_thread(settings_of, state, wish.model, asked)
+    return await _submitted(state, request, wish, {"request": settings, "model": model, "format": "png"})
+
+
+@router.post("/refine", status_code=201)
+async def refine(wish: RefineWish, request: Request, state: TheState) -> JobView:
+    """Ask for a part of a picture to be drawn anew. The answer comes at once; the picture is a new one."""
+    await state.until_started()
+    asked = wish.model_dump(exclude_none=True, exclude={"model", *OF_THE_PART})
+    part = wish.model_dump(exclude_none=True, include=OF_THE_PART)
+    for name in ("picture", "mask"):
+        if name in part:
+            part[name] = str(_picture_called(state, part[name], name, finished=name == "picture"))
+    model, settings = await asyncio.to_thread(settings_of_part, state, wish.model, asked, part)
+    payload = {"request": settings, "model": model, "format": "png", "refine": part}
+    return await _submitted(state, request, wish, payload)
+
+
+def _picture_called(state: State, name: str, param: str, *, finished: bool) -> Path:
+    """Where a picture lies that was sent here, or, if that will do, was drawn here."""
+    for folder in (state.settings.inputs, *([state.settings.output_dir] if finished else [])):
+        path = jail(folder, name)
+        if path.is_file() and path.suffix.lower() in PICTURES:
+            return path
+    raise Refused(f"There is no picture '{name[:100]}' here; send it to /octavo/pictures.", param=param)
+
+
+async def _submitted(state: State, request: Request, wish: BaseModel, payload: dict[str, Any]) -> JobView:
+    """The job, in the queue."""
     caller = caller_of(request)
     stored = await asyncio.to_thread(
         state.service.submit,
         "generate",
-        {"request": settings, "model": model, "format": "png"},
+        payload,
         client=caller.name,
         priority=caller.priority,
         deadline=jobs.deadline_of(request, state.settings.job_timeout),

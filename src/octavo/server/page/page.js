@@ -110,6 +110,7 @@ $("lora-names").onchange = () => {
 function echo() {
   for (const [name, id] of [["steps", "steps-now"], ["guidance_scale", "guidance-now"], ["shift", "shift-now"], ["denoise", "denoise-now"], ["strength", "strength-now"]])
     $(id).textContent = field(name).value;
+  $("refine-change-now").textContent = $("refine").elements.change.value;
 }
 
 function settings() {
@@ -220,23 +221,33 @@ function stage(what) {
   paintGallery();
 }
 
+// What stands on the page is made anew only when there is something else to see: an element that is replaced while it is
+// pressed, or a picture that is loaded again, would be lost to whoever uses it.
+function put(box, key, make) {
+  if (box.dataset.key === key) return;
+  box.dataset.key = key;
+  box.replaceChildren(...make());
+}
+
+const note = (textContent, className = "hint") => Object.assign(document.createElement("p"), { textContent, className });
+
 function paintStage() {
   const job = shown && jobs.get(shown.job);
   const frame = $("frame");
   $("progress").hidden = true;
-  $("about").replaceChildren();
-  if (!job) return;
-  const other = jobs.get(pairs.get(job.id));
-  const finished = job.pictures[shown.picture ?? 0];
+  const other = job && jobs.get(pairs.get(job.id));
+  const finished = job?.pictures[shown.picture ?? 0];
   const otherFinished = other?.pictures[shown.picture ?? 0];
-  if (finished && otherFinished) frame.replaceChildren(slider(job, finished, other, otherFinished));
-  else if (finished) frame.replaceChildren(image(finished.url, job.settings.prompt));
-  else if (job.preview) frame.replaceChildren(Object.assign(new Image(), { src: job.preview, alt: "unfinished", className: "unfinished" }));
-  else if (job.error) frame.replaceChildren(Object.assign(document.createElement("p"), { textContent: job.error, className: "hint" }));
-  else if (!frame.querySelector("img")) frame.replaceChildren(Object.assign(document.createElement("p"), { textContent: "…", className: "hint" }));
+  if (refining && refining.url !== finished?.url) stopRefining();
+  put($("about"), finished ? [finished.url, job.seconds, other?.seconds].join() : "", () => (finished ? aboutPicture(job, finished, other) : []));
+  if (!job) return;
+  if (finished && otherFinished) put(frame, `${finished.url} ${otherFinished.url}`, () => [slider(job, finished, other, otherFinished)]);
+  else if (finished) put(frame, finished.url, () => [image(finished.url, job.settings.prompt)]);
+  else if (job.preview) put(frame, `preview ${job.id}`, () => [Object.assign(new Image(), { src: job.preview, alt: "unfinished", className: "unfinished" })]);
+  else if (job.error) put(frame, `error ${job.id}`, () => [note(job.error)]);
+  else if (!frame.querySelector("img")) put(frame, "waiting", () => [note("…")]);
   const busy = [job, other].find((each) => each && !each.over);
   if (busy) paintProgress(busy);
-  if (finished) paintAbout(job, finished, other);
 }
 
 function paintProgress(job) {
@@ -249,24 +260,123 @@ function paintProgress(job) {
   $("progress").querySelector("span").textContent = words[job.state] || job.state;
 }
 
-function paintAbout(job, finished, other) {
+function aboutPicture(job, finished, other) {
   const used = finished.settings;
   const lines = [
     ["p", used.prompt],
     ["p", `${used.model} · ${used.width}×${used.height} · ${used.steps} steps · guidance ${used.guidance_scale} · ${used.sampler}, ${used.schedule} · seed ${used.seed}` + (used.speed && used.speed !== "exact" ? ` · ${used.speed}` : "") +
       (job.seconds ? ` · ${job.seconds.toFixed(1)} s` : "") + (other?.seconds ? ` and ${other.seconds.toFixed(1)} s` : ""), "hint"],
   ].map(([tag, textContent, className = ""]) => Object.assign(document.createElement(tag), { textContent, className }));
-  if (used.loras?.length) lines.push(Object.assign(document.createElement("p"), { textContent: `with ${used.loras.map((each) => `${each.name} ${each.strength}`).join(", ")}`, className: "hint" }));
-  if (used.negative_prompt) lines.splice(1, 0, Object.assign(document.createElement("p"), { textContent: `without ${used.negative_prompt}`, className: "hint" }));
+  if (used.loras?.length) lines.push(note(`with ${used.loras.map((each) => `${each.name} ${each.strength}`).join(", ")}`));
+  if (used.negative_prompt) lines.splice(1, 0, note(`without ${used.negative_prompt}`));
+  for (const { region, request } of finished.refined || []) lines.push(note(`refined${region ? ` at ${region.join(", ")}` : ""}: ${request.prompt}`));
   const acts = Object.assign(document.createElement("div"), { className: "acts" });
   const act = (textContent, onclick) => acts.append(Object.assign(document.createElement("button"), { textContent, onclick, type: "button" }));
   act("Use these", () => useThese(used));
   act("Start from this", async () => upload(await (await ask(finished.url)).blob()));
+  if (!other) act("Refine a part", () => refineOf(finished));
   for (const each of models.filter((one) => one.called !== used.model).slice(0, 3))
     act(`Compare with ${each.title}`, () => compare(job, used, each.name));
   acts.append(Object.assign(document.createElement("a"), { textContent: "Save", href: finished.url, download: finished.name }));
-  $("about").append(...lines, acts);
+  return [...lines, acts];
 }
+
+// Refining: a part of the finished picture on the stage is marked, and drawn anew
+
+const refine = $("refine");
+const marked = Object.assign(document.createElement("div"), { className: "marked" });
+let refining = null; // the picture
+
+function refineOf(finished) {
+  refining = finished;
+  refine.hidden = false;
+  refine.elements.prompt.value = (finished.refined || []).at(-1)?.request.prompt ?? finished.settings.prompt;
+  $("frame").classList.add("marking");
+  $("frame").append(marked);
+  mark(null);
+  echo();
+  refine.scrollIntoView({ behavior: "smooth", block: "nearest" });
+}
+
+function stopRefining() {
+  refining = null;
+  refine.hidden = true;
+  $("frame").classList.remove("marking");
+  marked.remove();
+}
+
+// Where the picture's pixels are on the screen; its element may have empty sides.
+function pixelsOnScreen() {
+  const picture = $("frame").querySelector("img");
+  const box = picture.getBoundingClientRect();
+  const scale = Math.min(box.width / picture.naturalWidth, box.height / picture.naturalHeight) || 1;
+  const left = box.left + (box.width - picture.naturalWidth * scale) / 2;
+  const top = box.top + (box.height - picture.naturalHeight * scale) / 2;
+  return { left, top, scale, width: picture.naturalWidth, height: picture.naturalHeight };
+}
+
+const SIDES = ["x", "y", "width", "height"];
+const region = () => SIDES.map((name) => Math.round(Number(refine.elements[name].value)));
+
+function mark(part) {
+  if (part) SIDES.forEach((name, i) => (refine.elements[name].value = part[i]));
+  else for (const name of SIDES) refine.elements[name].value = "";
+  const [x, y, width, height] = region();
+  const { left, top, scale } = pixelsOnScreen();
+  const frame = $("frame").getBoundingClientRect();
+  marked.hidden = !(width && height);
+  Object.assign(marked.style, {
+    left: `${left - frame.left - $("frame").clientLeft + x * scale}px`,
+    top: `${top - frame.top - $("frame").clientTop + y * scale}px`,
+    width: `${width * scale}px`,
+    height: `${height * scale}px`,
+  });
+}
+
+let from = null; // where the pointer went down, in the picture's pixels
+function pixelAt(event) {
+  const { left, top, scale, width, height } = pixelsOnScreen();
+  const within = (value, most) => Math.max(0, Math.min(most, Math.round(value / scale)));
+  return [within(event.clientX - left, width), within(event.clientY - top, height)];
+}
+$("frame").onpointerdown = (event) => {
+  if (!refining) return;
+  event.preventDefault();
+  $("frame").setPointerCapture(event.pointerId);
+  from = pixelAt(event);
+};
+$("frame").onpointermove = (event) => {
+  if (!from) return;
+  const to = pixelAt(event);
+  mark([0, 1].map((i) => Math.min(from[i], to[i])).concat([0, 1].map((i) => Math.abs(from[i] - to[i]))));
+};
+$("frame").onpointerup = $("frame").onpointercancel = () => (from = null);
+window.addEventListener("resize", () => refining && mark(region()));
+refine.oninput = (event) => {
+  if (SIDES.includes(event.target.name)) mark(region());
+  echo();
+};
+$("no-refine").onclick = stopRefining;
+refine.onsubmit = async (event) => {
+  event.preventDefault();
+  const told = (text) => (($("refine-trouble").hidden = !text), ($("refine-trouble").textContent = text));
+  told("");
+  try {
+    const asked = {
+      picture: decodeURIComponent(refining.url.replace(/^octavo\/pictures\//, "")),
+      region: region(),
+      prompt: refine.elements.prompt.value,
+      denoise: Number(refine.elements.change.value),
+      model: field("model").value,
+      loras,
+    };
+    const job = accepted(await send("octavo/refine", asked));
+    stopRefining();
+    stage({ job: job.id });
+  } catch (error) {
+    told(error.message);
+  }
+};
 
 async function compare(job, used, name) {
   const { version, model, image, mask, mask_grow, mask_feather, outpaint, controls, ...same } = used; // pictures to start from are not kept
@@ -326,13 +436,17 @@ function makeLine(id) {
 function paintGallery() {
   const done = [...jobs.values()].filter((job) => job.pictures.length).sort((a, b) => b.created - a.created);
   const tiles = done.flatMap((job) => job.pictures.map((each, index) => ({ job, each, index })));
-  $("gallery").replaceChildren(
-    ...tiles.map(({ job, each, index }) => {
-      const tile = (each.tile ??= makeTile(job, each, index));
-      tile.setAttribute("aria-current", shown?.job === job.id && (shown.picture ?? 0) === index);
-      return tile;
-    }),
-  );
+  const wanted = tiles.map(({ job, each, index }) => {
+    const tile = (each.tile ??= makeTile(job, each, index));
+    tile.setAttribute("aria-current", shown?.job === job.id && (shown.picture ?? 0) === index);
+    return tile;
+  });
+  const kept = new Set(wanted);
+  for (const tile of [...$("gallery").children]) if (!kept.has(tile)) tile.remove();
+  wanted.forEach((tile, at) => {
+    const there = $("gallery").children[at];
+    if (there !== tile) $("gallery").insertBefore(tile, there || null);
+  });
 }
 
 function makeTile(job, each, index) {

@@ -20,6 +20,7 @@ class PictureView(BaseModel):
     url: str
     name: str
     settings: dict[str, Any]
+    refined: list[dict[str, Any]] = []  # parts that were drawn anew since
 
 
 class ProgressView(BaseModel):
@@ -157,6 +158,25 @@ def settings_of(state: State, model: str | None, asked: Mapping[str, Any]) -> tu
     return name, job.settings
 
 
+def settings_of_part(
+    state: State, model: str | None, asked: Mapping[str, Any], part: Mapping[str, Any]
+) -> tuple[str | None, dict[str, Any]]:
+    """`settings_of` for a part that is drawn anew; `part` says which, its pictures as paths.
+
+    Raises:
+        RequestError: the part is not in the picture; and what `settings_of` raises.
+    """
+    from octavo.pipeline.refine import Refinement, check, edges_of
+
+    given = {name: value for name, value in part.items() if name in Refinement.__dataclass_fields__}
+    refinement = Refinement(**given)
+    check(part["picture"], refinement)
+    name, settings = settings_of(state, model, asked)
+    components = state.shelf.components(name)
+    components.controls(edges_of(part["picture"], refinement), settings["width"], settings["height"])
+    return name, settings
+
+
 def job_view(state: State, stored: Stored) -> JobView:
     """A stored job as the page sees it."""
     settings = dict(stored.payload.get("request", {}))
@@ -167,7 +187,10 @@ def job_view(state: State, stored: Stored) -> JobView:
         settings["controls"] = [c | {"image": PurePosixPath(c["image"]).name} for c in settings["controls"]]
     pictures = [
         PictureView(
-            url=f"octavo/pictures/{each['path']}", name=PurePosixPath(each["path"]).name, settings=each["settings"]
+            url=f"octavo/pictures/{each['path']}",
+            name=PurePosixPath(each["path"]).name,
+            settings=each["settings"],
+            refined=each.get("refined", []),
         )
         for each in (stored.result or {}).get("pictures", ())
     ]
