@@ -23,6 +23,9 @@ from octavo.models.adapter import Adapter, LayerChange, LowRank, adapted
 from octavo.models.packed import pack
 from octavo.placement.arguments import rebuild, tensors_in
 from octavo.placement.graphs import Captured, Limits, capture, captured_by, through
+from octavo.placement.movers import PlainMover
+from octavo.placement.plan import Stay
+from octavo.placement.stream import place
 
 CONFIG = MMDiTConfig(depth=2, width=128, heads=2, context_width=32, pooled_width=16, pos_embed_size=16)
 
@@ -290,6 +293,38 @@ def test_texts_of_unlike_lengths_have_a_graph_for_their_lengths() -> None:
         expected = model(x, pack(texts), table)
         assert torch.equal(through(model)(x, pack(texts), table), expected)
     assert (len(graphs), graphs.replays) == (3, 4)
+
+
+@pytest.mark.parametrize("resident", [0, 1, 2])
+def test_streamed_blocks_are_not_captured_and_streamed_modulation_does_not_matter(resident: int) -> None:
+    """What streams has another address each time; adaLN is not called within a step."""
+    model = made()
+    args = inputs(model)
+    expected = model(*args)
+    place(model, Stay(resident=resident, layers=2), PlainMover(), modulation_streamed=True)
+    graphs = captured(model)
+    for _ in range(2):
+        assert torch.equal(through(model)(*args), expected)
+        model.modulation(torch.full((2,), 500.0), torch.randn(2, 16))
+    assert graphs.replays == (2 if resident == 2 else 0)
+    assert len(graphs.reasons) == (resident < 2)
+    assert all("watches or moves its layers (octavo.placement.stream)" in reason for reason in graphs.reasons)
+
+
+def test_a_model_that_left_its_device_and_came_back_is_captured_anew() -> None:
+    model, seam = made(), Replayed()
+    placed = place(model, Stay(resident=2, layers=2, leaves=True), PlainMover())
+    args = inputs(model)
+    expected = model(*args)
+    graphs = captured(model, seam)
+    for turn in range(3):
+        assert torch.equal(through(model)(*args), expected)
+        assert graphs.replays == turn + 1
+        placed.leave()
+        spare = [torch.zeros_like(parameter) for parameter in model.parameters()]  # takes the places that are free
+        placed.arrive()
+        del spare
+    assert seam.recorded > 1
 
 
 def test_whoever_watches_layers_sees_them_work() -> None:

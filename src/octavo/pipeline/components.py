@@ -180,7 +180,9 @@ class Part(Generic[M]):
         """Off the device, into the host's memory; the next call brings it back."""
         with self._loading:
             placed = None if self._model is None else placed_on(self._model)
-            if placed is not None:
+            if self._model is not None and placed is not None:
+                if (captured := captured_by(self._model)) is not None:
+                    captured.drop("the weights leave the device")  # and so does the memory of their graphs
                 placed.leave()
 
     def _load(self) -> M:
