@@ -22,6 +22,8 @@ from octavo.models import MMDiT
 from octavo.models.vae import VAE
 from octavo.pipeline.components import Components
 from octavo.pipeline.control_request import ControlImage
+from octavo.pipeline.denoise import Question, Track, denoise, make_tables
+from octavo.pipeline.encode import Conditioning
 from octavo.pipeline.generate import generate_each
 from octavo.pipeline.placing import Budget, budget_of, check_vram
 from octavo.pipeline.shelf import LoadSettings, Shelf
@@ -29,6 +31,8 @@ from octavo.placement.plan import make_plan
 from octavo.placement.shapes import Shapes
 from octavo.placement.stream import placed_on
 from octavo.placement.work import Work
+from octavo.sampling import ClassifierFree, Guidance, SkipLayerGuidance
+from tests.placement.models import adapter
 
 REQUEST = GenerateRequest(prompt="a large red star on a blue background", width=64, height=64, steps=3, seed=5)
 WORK = Work(width=64, height=64, steps=3, rows=2, tokens=24, prompts=2)
@@ -133,6 +137,36 @@ def test_a_controlnet_follows_the_plan_as_the_model_does(tmp_path: Path) -> None
     assert net.stay is not None
     assert net.stay.streamed
     assert placed_on(net()) is not None
+
+
+def test_a_batch_of_strangers_with_loras_and_skipped_layers_is_the_same_when_streamed() -> None:
+    """Rows with no LoRA, a LoRA and a DoRA, one of them with skip-layer guidance, in one turn."""
+
+    def answers(components: Components) -> list[Tensor]:
+        mmdit = components.mmdit()
+        config = mmdit.config
+        questions = []
+        for i, dora in enumerate((None, False, True)):
+            context = torch.randn(1, 16, config.context_width, generator=torch.Generator().manual_seed(i))
+            prompt, negative = (
+                Conditioning(sign * context, sign * context[:, 0, : config.pooled_width]) for sign in (1, -1)
+            )
+            skip = SkipLayerGuidance(layers=(1,), start=0.0, end=1.0) if i == 1 else None
+            guidance = Guidance(classifier_free=ClassifierFree(scale=3.0), skip_layers=skip)
+            adapters = () if dora is None else ((adapter(mmdit, dora=dora), 0.5),)
+            track = Track.of(prompt, negative, guidance, 3.0, adapters)
+            make_tables(mmdit, track, [0.9, 0.4])
+            x = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(9 + i))
+            questions += [Question(x, sigma, track) for sigma in (0.9, 0.4)]
+        return [answer.denoised for answer in denoise(mmdit, questions)]
+
+    with torch.inference_mode():
+        expected, streamed = answers(load(device="cpu")), placed(budgets()[-1])
+        for one, other in zip(answers(streamed), expected, strict=True):
+            assert torch.equal(one, other)
+    on_device = placed_on(streamed.mmdit())
+    assert on_device is not None
+    assert on_device.streamed
 
 
 # Out of memory
