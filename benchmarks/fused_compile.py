@@ -20,6 +20,7 @@ from typing import Any
 WIDTH, HIDDEN = 2432, 9728  # of SD3.5 Large
 CAPABILITIES = (80, 89, 90)
 NATIVE = 89  # from here on the processor converts to e4m3fn
+FLOATS = ("eps", "fit")  # arguments that are numbers of 32 bits; others count or step
 POINTERS = {"fp32": ("given", "scales", "scale", "given_a", "scales_a", "given_b", "scales_b")}
 
 
@@ -32,6 +33,7 @@ class Case:
     pointers: Mapping[str, str]  # type of what each points to
     constants: Mapping[str, object]
     warps: int
+    stages: int | None = None  # loads in flight; Triton's default if None
 
 
 def cases(capability: int) -> Iterator[Case]:
@@ -83,7 +85,7 @@ def compiled(case: Case, capability: int) -> dict[str, object]:
     signature = {}
     for name in case.kernel.arg_names:
         pointer = case.pointers.get(name)
-        number = "constexpr" if name in case.constants else "fp32" if name == "eps" else "i32"
+        number = "constexpr" if name in case.constants else "fp32" if name in FLOATS else "i32"
         signature[name] = f"*{pointer}" if pointer else number
     # Addresses, widths and strides of SD3.5 are multiples of 16, which lets loads take 16 bytes at once.
     even = [i for i, kind in enumerate(signature.values()) if kind not in ("constexpr", "fp32")]
@@ -93,7 +95,7 @@ def compiled(case: Case, capability: int) -> dict[str, object]:
         constexprs=dict(case.constants),
         attrs={(i,): [["tt.divisibility", 16]] for i in even},
     )
-    options = {"num_warps": case.warps}
+    options = {"num_warps": case.warps} | ({} if case.stages is None else {"num_stages": case.stages})
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     usage = _usage(binary.asm["cubin"])
     return {"registers": usage["REG"], "stack_bytes": usage["STACK"], "wide_loads": _wide(binary.asm["ptx"])}
