@@ -15,11 +15,12 @@ from octavo.evaluate.bench_ceilings import Ceilings, measure_ceilings
 from octavo.evaluate.bench_costs import Work, counted, decode_work, modulation_work, step_work
 from octavo.evaluate.bench_kernels import Shape, bench_linears, shapes_of
 from octavo.evaluate.bench_models import RandomFile, Wanted, fill, open_model, random_source
+from octavo.evaluate.bench_peers import Peers
 from octavo.evaluate.bench_plot import bar_chart, human
 from octavo.evaluate.bench_results import Results, read_log
 from octavo.evaluate.bench_timing import Deadline, Timing, interleave
 from octavo.fp8 import Fp8Linear
-from octavo.models import MMDiTConfig
+from octavo.models import MMDiT, MMDiTConfig
 from octavo.models.vae import VAEConfig
 from octavo.pipeline.components import Arithmetic, Part
 
@@ -239,3 +240,42 @@ def test_bars_are_as_long_as_their_share() -> None:
 def test_percentiles_are_by_nearest_rank() -> None:
     timing = Timing((3.0, 1.0, 2.0))
     assert (timing.median, timing.p95) == (2.0, 3.0)
+
+
+@pytest.mark.filterwarnings("default")  # those of other people's libraries
+def test_peers_run_in_the_same_turns_and_the_absent_are_named(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    options = Options(suites=("step", "picture"), width=64, height=64, steps=1, repeats=1, peers=True, out=tmp_path)
+    results = bench.run(options)
+    assert results.errors == []
+    lines = {line["name"]: line for line in results.lines}
+    assert lines["step.embedded.diffusers"]["median"] > 0
+    ratio = lines["step.embedded.fp8_over_diffusers"]
+    expected = lines["step.embedded.fp8"]["median"] / lines["step.embedded.diffusers"]["median"]
+    assert ratio["median"] == pytest.approx(expected, rel=1e-3)  # of one round
+    assert {f"picture.embedded.diffusers.{stage}" for stage in ("encode", "denoise", "decode", "whole")} <= set(lines)
+    absent = {entry["name"]: entry["reason"] for entry in results.absent}
+    assert "diffusers_torchao_fp8_compiled" in absent
+
+
+def test_peers_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    results = Results(CPU)
+    assert Peers(results, CPU, torch.float32).steps(SMALL, 2, 8, 8, 4) == {}
+    assert {entry["name"]: entry["reason"] for entry in results.absent} == {
+        "diffusers": "diffusers is not installed",
+        "diffusers_layerwise_fp8": "diffusers is not installed",
+        "diffusers_compiled": "diffusers and triton is not installed",
+        "diffusers_torchao_fp8_compiled": "diffusers and torchao and triton is not installed",
+    }
+
+
+def test_diffusers_transformer_has_as_many_weights_as_ours() -> None:
+    pytest.importorskip("diffusers")
+    theirs = Peers(Results(CPU), CPU, torch.bfloat16)._transformer(SMALL)
+    with torch.device("meta"):
+        ours = MMDiT(SMALL)
+    assert sum(tensor.numel() for tensor in theirs.state_dict().values()) == sum(
+        tensor.numel() for tensor in ours.state_dict().values()
+    )
+    assert {tensor.dtype for tensor in theirs.state_dict().values()} == {torch.bfloat16}

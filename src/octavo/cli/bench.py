@@ -83,21 +83,17 @@ def bench(
 
 
 def _show(results: Results) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+    """A line each, in columns as wide as they must be: a terminal may cut them, a file gets them whole."""
     from octavo.evaluate.bench_plot import human
 
-    table = Table("what", "median", "p95", "of the ceiling", box=None, pad_edge=False, header_style="dim")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    table.columns[0].overflow = "fold"
+    rows = [("what", "median", "p95", "of the ceiling")]
     for line in results.lines:
         share = f"{line['fraction']:.0%}" if "fraction" in line else ""
-        table.add_row(line["name"], human(line["median"], line["unit"]), human(line["p95"], line["unit"]), share)
-    console = Console()
-    console.print(table)
-    notes = [f"not measured: {entry['name']}: {entry['reason']}" for entry in results.absent]
-    notes += [f"failed: {entry['name']}: {entry['error']}" for entry in results.errors]
-    for note in notes:
-        console.print(note, soft_wrap=True, highlight=False, markup=False)
+        rows.append((line["name"], human(line["median"], line["unit"]), human(line["p95"], line["unit"]), share))
+    wide, middle, high, last = (max(map(len, column)) for column in zip(*rows, strict=True))
+    for name, median, p95, share in rows:
+        print(f"{name:{wide}}  {median:>{middle}}  {p95:>{high}}  {share:>{last}}".rstrip())
+    for entry in results.absent:
+        print(f"not measured: {entry['name']}: {entry['reason']}")
+    for entry in results.errors:
+        print(f"failed: {entry['name']}: {entry['error']}")

@@ -13,6 +13,7 @@ Lines are written as they come; what fails is recorded and does not stop the res
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ import torch
 from octavo.errors import RequestError, did_you_mean
 from octavo.evaluate import bench_cold
 from octavo.evaluate.bench_ceilings import Ceilings, measure_ceilings
-from octavo.evaluate.bench_kernels import bench_linears, shapes_of
+from octavo.evaluate.bench_kernels import bench_attention, bench_linears, shapes_of
 from octavo.evaluate.bench_memory import bench_memory, memory_variants
 from octavo.evaluate.bench_models import EMBEDDED, Wanted, open_model, write_random
 from octavo.evaluate.bench_peers import Peers
@@ -37,6 +38,7 @@ from octavo.models import MMDiTConfig
 from octavo.pipeline.latents import FACTOR
 
 SUITES = ("ceilings", "kernels", "step", "picture", "memory", "cold")
+ROOM = 20 << 30  # bytes of a model's file, and some
 LOG, JSON, PLOT = "bench.jsonl", "bench.json", "bench.svg"
 
 
@@ -163,6 +165,13 @@ def _kernels(bench: Bench) -> None:
         shapes, f"kernels.{options.wanted.name}", options.device, options.dtype, bench.ceilings, bench.results,
         repeats=bench.repeats, deadline=bench.deadline,
     )  # fmt: skip
+    height, width = bench.latents
+    length = height * width // bench.config.patch_size**2 + bench.tokens
+    bench_attention(
+        (options.batch, length, bench.config.heads, bench.config.width // bench.config.heads),
+        f"kernels.{options.wanted.name}.attention", options.device, options.dtype, bench.ceilings, bench.results,
+        repeats=bench.repeats, deadline=bench.deadline,
+    )  # fmt: skip
 
 
 def _step(bench: Bench) -> None:
@@ -178,14 +187,18 @@ def _step(bench: Bench) -> None:
         batch=options.batch, height=height, width=width, tokens=bench.tokens, repeats=bench.repeats,
         deadline=bench.deadline, also=also,
     )  # fmt: skip
-    peers.compare(timings, also, f"step.{options.wanted.name}")
+    peers.compare(timings, set(also), f"step.{options.wanted.name}")
 
 
 def _picture(bench: Bench) -> None:
-    bench_picture(
-        variants_here(bench.options.wanted), bench.sheet, bench.ceilings, bench.results,
-        repeats=min(5, bench.repeats), deadline=bench.deadline,
+    options = bench.options
+    peers = Peers(bench.results, options.device, options.dtype)
+    variants = variants_here(options.wanted)
+    timings = bench_picture(
+        variants, bench.sheet, bench.ceilings, bench.results, repeats=min(5, bench.repeats), deadline=bench.deadline,
+        also=(lambda components: peers.pictures(components, bench.sheet)) if options.peers else lambda _components: {},
     )  # fmt: skip
+    peers.compare(timings, set(timings) - set(variants), f"picture.{options.wanted.name}")
 
 
 def _memory(bench: Bench) -> None:
@@ -202,7 +215,7 @@ def _cold(bench: Bench) -> None:
         "steps": bench.steps, "width": bench.width, "height": bench.height,
         "device": str(options.device), "dtype": dtype_name(options.dtype),
     }  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=_in_memory() if wanted.random else None) as folder:
         model: str | None = None if wanted.model == EMBEDDED else wanted.model
         if wanted.random:
             path = Path(folder) / f"random-{wanted.model}.safetensors"
@@ -211,6 +224,12 @@ def _cold(bench: Bench) -> None:
         bench_cold.bench_cold(
             {**settings, "model": model}, prefix, bench.results, repeats=min(3, bench.repeats), deadline=bench.deadline
         )
+
+
+def _in_memory() -> Path | None:
+    """Where a file lies in the page cache from the start, if that has room for a model; None for the usual place."""
+    folder = Path("/dev/shm")
+    return folder if folder.is_dir() and shutil.disk_usage(folder).free > ROOM else None
 
 
 SUITE: Mapping[str, Callable[[Bench], None]] = {

@@ -1,7 +1,7 @@
-"""One linear layer at a time: every way to multiply by an FP8 weight, on the shapes that a model really has.
+"""One layer at a time: every way to multiply by an FP8 weight and every way to attend, on the shapes of a model.
 
-Beside them runs F.linear with a weight that is not quantized. Errors are against the plain definition, so that a fast
-way that is wrong shows here, too.
+Beside the products runs F.linear with a weight that is not quantized. Errors are against the plain definition, so that
+a fast way that is wrong shows here, too.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from octavo.fp8 import BACKENDS, E4M3FN, Problem, dequantize, quantize
 from octavo.fp8.backends import Backend
 from octavo.fp8.needs import RoundsInput, dtype_name
 from octavo.models import MMDiTConfig
+from octavo.models.attention import attention
+from octavo.placement.attention import ATTENTION_BACKENDS, Case
 
 DEFINITIONS = ("plain", "plain-wide", "plain-w8a8")
 
@@ -124,6 +126,48 @@ def _bench(
                 **({"relative_error": float(f"{errors[way]:.3g}")} if way in errors else {}),
             },
         )
+
+
+def bench_attention(
+    shape: tuple[int, int, int, int],
+    prefix: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    ceilings: Ceilings,
+    results: Results,
+    *,
+    repeats: int = 10,
+    deadline: Deadline = NEVER,
+) -> None:
+    """One line for each way to attend, held against the rate of products in `dtype`: one that rounds may be beyond it.
+
+    Args:
+        shape: rows, tokens, heads and the width of a head.
+    """
+    batch, length, heads, width = shape
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (torch.randn(shape, device=device, generator=generator).to(dtype) for _ in range(3))
+    case = Case(
+        dtype=dtype, device="", width=width, heads=heads, batch=batch, queries=length, keys=length, by_name=True
+    )
+    runs, errors = dict[str, Run](), dict[str, float]()
+    with torch.inference_mode():
+        exact = attention(q[:1].float(), k[:1].float(), v[:1].float())
+        for backend in ATTENTION_BACKENDS:
+            if backend.name.startswith("plain"):
+                continue  # definitions of roundings, which hold every logit at once
+            if (why := backend.refusal(case.on(device))) is not None:
+                results.leave_out(f"{prefix}.{backend.name}", why)
+                continue
+            with results.guarded(f"{prefix}.{backend.name}"):
+                errors[backend.name] = distance(backend.run(q, k, v)[:1], exact)
+                runs[backend.name] = partial(backend.run, q, k, v)
+        timings = interleave(runs, warmup=2, repeats=repeats, deadline=deadline, many=True)
+    made_in = dtype_name(dtype)
+    bound = ceilings.seconds(Work(0.0, 4.0 * batch * heads * width * length**2), linear=made_in, other=made_in)
+    for name, timing in timings.items():
+        told = {"shape": list(shape), "relative_error": float(f"{errors[name]:.3g}")}
+        results.add(f"{prefix}.{name}", timing, conditions=told, bound=bound)
 
 
 def rounded_to(backend: Backend, dtype: torch.dtype) -> str:

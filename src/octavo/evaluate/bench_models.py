@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -80,6 +81,17 @@ def fill(name: str, shape: tuple[int, ...], out: Tensor) -> None:
     for start in range(0, flat.numel(), TILE):
         part = flat[start : start + TILE]
         part.copy_(tile[: part.numel()])
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """What torch makes meanwhile has this dtype unless it is told otherwise."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @cache

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from octavo.evaluate.bench_models import fill
+from octavo.evaluate.bench_models import default_dtype, fill
+from octavo.evaluate.bench_picture import Sheet
 from octavo.evaluate.bench_results import Results
 from octavo.evaluate.bench_step import draw_inputs
 from octavo.evaluate.bench_timing import Timing, ratio
 from octavo.fp8.needs import dtype_name
-from octavo.models import MMDiTConfig
+from octavo.models import MMDiTConfig, T5Config
+from octavo.models.vae import VAEConfig
+from octavo.pipeline.components import Components, Part
+
+RELEASED_T5_TOKENS = 256
 
 Also = Mapping[str, tuple[Callable[[], object], str]]
 """By name: the call, and the dtype of its products with weights."""
@@ -33,25 +39,11 @@ class Peers:
 
     def steps(self, config: MMDiTConfig, batch: int, height: int, width: int, tokens: int) -> Also:
         """One step of diffusers' transformer in every way that is installed."""
-        ways: dict[str, tuple[Callable[[nn.Module], nn.Module], str, tuple[str, ...]]] = {
-            "diffusers": (lambda model: model, dtype_name(self.dtype), ()),
-            "diffusers_layerwise_fp8": (self._layerwise, dtype_name(self.dtype), ()),
-        }
-        if self.device.type == "cuda":  # on a CPU inductor needs a compiler, and minutes
-            ways["diffusers_compiled"] = (self._compiled, dtype_name(self.dtype), ("triton",))
-            ways["diffusers_torchao_fp8_compiled"] = (self._torchao, "e4m3fn", ("torchao", "triton"))
-        else:
-            for name in ("diffusers_compiled", "diffusers_torchao_fp8_compiled"):
-                self.results.leave_out(name, f"is measured on CUDA devices, this is {self.device.type}")
         inputs = draw_inputs(config, batch, height, width, tokens).to(self.device, self.dtype)
         found: dict[str, tuple[Callable[[], object], str]] = {}
-        for name, (change, products, packages) in ways.items():
-            missing = [each for each in ("diffusers", *packages) if importlib.util.find_spec(each) is None]
-            if missing:
-                self.results.leave_out(name, f"{' and '.join(missing)} is not installed")
-                continue
+        for name, make, products in self._ways():
             with self.results.guarded(name):
-                model = change(self._transformer(config))
+                model = make(config)
 
                 def call(model: nn.Module = model) -> Tensor:
                     velocity: Tensor = model(
@@ -66,7 +58,57 @@ class Peers:
                 found[name] = (call, products)
         return found
 
-    def compare(self, timings: Mapping[str, Timing], also: Also, prefix: str) -> None:
+    def pictures(self, components: Components, sheet: Sheet) -> dict[str, Callable[[], dict[str, float]]]:
+        """Whole pictures by diffusers, as it comes and by torchao, as far as they are installed; seconds by stage."""
+        config, vae = components.mmdit.config, components.vae.config
+        assert isinstance(config, MMDiTConfig)
+        assert isinstance(vae, VAEConfig)
+        scale = sheet.job(components).guidance_scale
+        encoders: dict[str, tuple[ClipConfig | T5Config, int]] = {}
+        for encoder in components.encoders:
+            assert isinstance(encoder.config, ClipConfig | T5Config)
+            encoders[encoder.kind] = (encoder.config, self._tokens(components, encoder))
+        found: dict[str, Callable[[], dict[str, float]]] = {}
+        for name, make, _ in self._ways():
+            if name not in ("diffusers", "diffusers_torchao_fp8_compiled"):
+                continue
+            if importlib.util.find_spec("transformers") is None:
+                self.results.leave_out(f"{name}.picture", "transformers is not installed")
+                continue
+            with self.results.guarded(f"{name}.picture"):
+                from octavo.evaluate.bench_peer_pictures import PeerPicture
+
+                peer = PeerPicture(make(config), config, vae, encoders, self.device, self.dtype)
+                found[name] = partial(peer.draw, sheet.width, sheet.height, sheet.steps, scale)
+        return found
+
+    def _ways(self) -> Iterator[tuple[str, Callable[[MMDiTConfig], nn.Module], str]]:
+        """Name, what makes the model, dtype of its products: those that are installed; tells of the others."""
+        wide = dtype_name(self.dtype)
+        ways: dict[str, tuple[Callable[[nn.Module], nn.Module], str, tuple[str, ...]]] = {
+            "diffusers": (lambda model: model, wide, ()),
+            "diffusers_layerwise_fp8": (self._layerwise, wide, ()),
+            "diffusers_compiled": (self._compiled, wide, ("triton",)),
+            "diffusers_torchao_fp8_compiled": (self._torchao, "e4m3fn", ("torchao", "triton")),
+        }
+        for name, (change, products, packages) in ways.items():
+            missing = [each for each in ("diffusers", *packages) if importlib.util.find_spec(each) is None]
+            if missing:
+                self.results.leave_out(name, f"{' and '.join(missing)} is not installed")
+            elif packages and self.device.type != "cuda":  # on a CPU inductor needs a compiler, and minutes
+                self.results.leave_out(name, f"is measured on CUDA devices, this is {self.device.type}")
+            else:
+                yield name, partial(self._made, change), products
+
+    def _made(self, change: Callable[[nn.Module], nn.Module], config: MMDiTConfig) -> nn.Module:
+        return change(self._transformer(config))
+
+    def _tokens(self, components: Components, encoder: Part[nn.Module]) -> int:
+        """Of a prompt: CLIP's table of positions; 256 of T5-XXL, as diffusers has it."""
+        released = isinstance(encoder.config, T5Config) and encoder.config.width == T5Config.xxl().width
+        return RELEASED_T5_TOKENS if released else components.text.positions
+
+    def compare(self, timings: Mapping[str, Timing], also: Collection[str], prefix: str) -> None:
         """Ours over theirs, round by round, for each pair."""
         for peer in (name for name in timings if name in also):
             for ours in (name for name in timings if name not in also):
@@ -78,7 +120,7 @@ class Peers:
 
         # Untyped in either case, so that checks give the same with diffusers installed and without.
         build: Any = diffusers.SD3Transformer2DModel
-        with torch.device("meta"):
+        with torch.device("meta"), default_dtype(self.dtype):
             model: nn.Module = build(
                 sample_size=128,
                 patch_size=config.patch_size,
@@ -94,7 +136,8 @@ class Peers:
                 dual_attention_layers=config.dual_attention,
                 qk_norm="rms_norm" if config.qk_norm else None,
             )
-        model = model.to(self.dtype).to_empty(device=self.device).eval().requires_grad_(False)
+        # The plain method: diffusers' own has a remark to make. Its table of positions is float32 until then.
+        model = nn.Module.to(model, self.dtype).to_empty(device=self.device).eval().requires_grad_(False)
         for name, tensor in model.state_dict().items():
             fill(name, tuple(tensor.shape), tensor)
         return model

@@ -86,6 +86,7 @@ def interleave(
     times = dict.fromkeys(runs, 1)
     for turn in range(warmup):
         for name, run in runs.items():
+            wait_for_device()
             start = clock()
             run()
             if many and turn == warmup - 1:
