@@ -9,9 +9,12 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 from starlette.testclient import TestClient
 
+from octavo.evaluate.edges import edge_agreement
+from octavo.pipeline.edges import canny
+from octavo.pipeline.latents import pixels_of
 from tests.server.conftest import Live, MakeServer, listening, settings_in
 
 
@@ -211,3 +214,59 @@ def test_a_stream_whose_reader_leaves_ends_the_request(live: Live) -> None:
         until(lambda: len(live.state.queue.running()) == 1, "it draws")
     until(lambda: not live.state.queue.running(), "it is withdrawn")
     assert live.state.queue.history("generate")[0].state == "cancelled"
+
+
+def scrap() -> Image.Image:
+    """A five-cornered thing that no word of the model says."""
+    photo = Image.new("RGB", (128, 128), "white")
+    ImageDraw.Draw(photo).polygon([(20, 100), (44, 24), (70, 60), (108, 70), (90, 108)], fill="black")
+    return photo
+
+
+def test_a_picture_is_followed_and_so_are_loras_with_the_real_model(live_model: Live) -> None:
+    """By edges alone: with control the scrap is there, without it is not; the docs promise 0.8 against 0.4."""
+
+    def agreement(text: str | None) -> float:
+        found, wanted = (canny((pixels_of(each.convert("RGB")) + 1) / 2, 0.4, 0.8) for each in (opened(text), scrap()))
+        return float(edge_agreement(found, wanted))
+
+    edges = {"image": base64.b64encode(png(scrap())).decode(), "type": "canny", "preprocess": "canny"}
+    asked = {"prompt": "red on a white background", "size": "128x128"}
+    with openai.OpenAI(base_url=f"{live_model.url}/v1", api_key="none", max_retries=0, timeout=30) as client:
+        followed = client.images.generate(**asked, extra_body={"seed": 3, "controls": [edges]})  # type: ignore[call-overload]
+        free = client.images.generate(**asked, extra_body={"seed": 3})  # type: ignore[call-overload]
+        assert agreement(followed.data[0].b64_json) > 0.8
+        assert agreement(free.data[0].b64_json) < 0.4
+
+        # An edit follows its own picture where the control has none
+        files = {"image": ("in.png", png(scrap()), "image/png"), "prompt": "blue on a white background"}
+        own = json.dumps([{"type": "canny", "preprocess": "canny"}])
+        edited = client.images.edit(**files, size="128x128", extra_body={"seed": 3, "denoise": 1.0, "controls": own})  # type: ignore[call-overload]
+        assert agreement(edited.data[0].b64_json) > 0.8
+
+        with pytest.raises(openai.NotFoundError, match="no ControlNet for depth"):
+            client.images.generate(**asked, extra_body={"controls": [{**edges, "type": "depth"}]})  # type: ignore[call-overload]
+        with pytest.raises(openai.NotFoundError, match="no LoRA 'absent'"):
+            client.images.generate(**asked, extra_body={"loras": [{"name": "absent"}]})  # type: ignore[call-overload]
+        with pytest.raises(openai.BadRequestError, match=r"json\.dumps"):
+            client.images.edit(**files, extra_body={"controls": [{"type": "canny"}]})  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "word"),
+    [
+        ({"controls": [{"type": "canny"}]}, "send the picture to follow"),
+        ({"controls": [{"type": "canny", "image": "https://elsewhere/photo.png"}]}, "fetches nothing"),
+        ({"controls": [{"type": "canny", "image": "bm8gcGljdHVyZQ=="}]}, "controls[0].image"),
+        ({"controls": [{"type": "canny", "image": "QQ==", "strength": 11}]}, "strength"),
+        ({"controls": [{"kind": "canny"}]}, "kind"),
+        ({"controls": "not json"}, "JSON"),
+        ({"loras": [{"strength": 1}]}, "name"),
+    ],
+)
+def test_controls_and_loras_that_make_no_sense_are_refused(
+    server: TestClient, wrong: dict[str, object], word: str
+) -> None:
+    answer = server.post("/v1/images/generations", json={"prompt": "a star", **wrong})
+    assert answer.status_code == 400, answer.text
+    assert word in answer.json()["error"]["message"] or word in (answer.json()["error"]["param"] or "")

@@ -20,6 +20,7 @@ from octavo.pipeline.inpaint import Prepared, prepare
 from octavo.server import jobs, pictures, problems
 from octavo.server.limits import open_picture
 from octavo.server.openai_fields import DENOISE, Edits, Images, check, edits_of, size_of, steps_of
+from octavo.server.openai_own import check_controls, own_wishes
 from octavo.server.pictures import Made
 from octavo.server.problems import Refused
 from octavo.server.security import jail
@@ -76,7 +77,8 @@ async def generations(body: Images, request: Request, state: TheState) -> Respon
 @router.post("/images/edits", response_model=None, openapi_extra=EDIT_FORM)
 async def edits(request: Request, state: TheState) -> Response:
     """Draw from a picture; where a mask is given, only what it leaves transparent."""
-    async with request.form(max_files=4, max_fields=MOST_FIELDS, max_part_size=LARGEST_FIELD) as form:
+    largest = max(LARGEST_FIELD, state.settings.max_body)  # pictures to follow are text in a form
+    async with request.form(max_files=4, max_fields=MOST_FIELDS, max_part_size=largest) as form:
         body, image, mask = await _form(form, state.settings.max_upload_pixels)
     check(body)
     return await _respond(await _ordered(body, request, state, image, mask), request, state)
@@ -95,8 +97,13 @@ async def _form(form: FormData, max_pixels: int) -> tuple[Edits, Image.Image, Im
                 kind="no_fetching",
                 param=name,
             )
-        elif isinstance(value, str) and name not in fields:
+        elif isinstance(value, str) and name not in fields and "[" not in name:
             fields[name] = value
+        elif name.startswith(("controls[", "loras[")):
+            what = name.partition("[")[0]
+            raise Refused(
+                f"{what}: an edit is a form; write them as JSON, extra_body={{'{what}': json.dumps([…])}}.", param=what
+            )
         else:
             raise Refused(f"{key[:60]}: this field is not known here, or comes twice.", param=key[:60])
     body = edits_of(fields)
@@ -132,7 +139,8 @@ async def _ordered(
         "seed": body.seed,
         "batch": body.n,
     }
-    asked = pictures.request_of(wishes, state.settings, preset)
+    # Before anything is as large as that.
+    pictures.request_of(wishes, state.settings, preset)
     prepared = None
     if image is not None:
         assert isinstance(body, Edits)
@@ -144,8 +152,10 @@ async def _ordered(
             wishes["denoise"] = body.denoise
         if prepared.mask is not None:
             wishes["mask"] = await asyncio.to_thread(pictures.keep_upload, prepared.mask, state.settings.uploads)
-        asked = pictures.request_of(wishes, state.settings, preset)
+    wishes |= await asyncio.to_thread(own_wishes, body.controls, body.loras, state, wishes.get("image"))
+    asked = pictures.request_of(wishes, state.settings, preset)
     await pictures.check_loras(state, asked)
+    await check_controls(state, model, asked)
     payload = pictures.payload_of(asked, model, body.form)
     previews = bool(body.stream and body.partial_images)
     job = await jobs.submit(request, state, "generate", payload, api="openai", previews=previews)

@@ -4,9 +4,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from octavo.errors import RequestError
+from octavo.server.openai_own import MOST_CONTROLS, MOST_LORAS, ControlField, LoraField, listed
 from octavo.server.problems import Refused
 
 SIZE = re.compile(r"([1-9]\d{1,4})x([1-9]\d{1,4})")
@@ -49,6 +50,13 @@ class Images(BaseModel):
     speed: Literal["exact", "balanced", "fast"] | None = Field(
         None, description="how many evaluations of the model are forecast instead of made; the server's own if left out"
     )
+    controls: list[ControlField] = Field([], max_length=MOST_CONTROLS, description="pictures to follow")
+    loras: list[LoraField] = Field([], max_length=MOST_LORAS, description="beside those that the prompt names")
+
+    @field_validator("controls", "loras", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return listed(value)
 
     @property
     def form(self) -> str:
