@@ -21,7 +21,7 @@ from octavo.evaluate.bench_results import Results
 from octavo.evaluate.bench_step import draw_inputs
 from octavo.evaluate.bench_timing import Timing, ratio
 from octavo.fp8.needs import dtype_name
-from octavo.models import MMDiTConfig, T5Config
+from octavo.models import ClipConfig, MMDiTConfig, T5Config
 from octavo.models.vae import VAEConfig
 from octavo.pipeline.components import Components, Part
 
