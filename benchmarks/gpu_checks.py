@@ -44,8 +44,8 @@ from octavo.pipeline.run import solve
 from octavo.placement.attention import ATTENTION_BACKENDS, Case
 from octavo.placement.graphs import captured_by, through
 from octavo.placement.movers import mover_for
+from octavo.placement.placed import place, placed_on
 from octavo.placement.plan import Stay
-from octavo.placement.stream import place, placed_on
 
 ROUNDING = 1e-2  # bfloat16 on both sides of a product; a wrong index or scale is far beyond
 STEP = 6e-2  # through all blocks: a number that was rounded once less may fall on the next code of FP8

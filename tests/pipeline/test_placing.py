@@ -27,9 +27,9 @@ from octavo.pipeline.encode import Conditioning
 from octavo.pipeline.generate import generate_each
 from octavo.pipeline.placing import Budget, budget_of, check_vram
 from octavo.pipeline.shelf import LoadSettings, Shelf
+from octavo.placement.placed import placed_on
 from octavo.placement.plan import make_plan
 from octavo.placement.shapes import Shapes
-from octavo.placement.stream import placed_on
 from octavo.placement.work import Work
 from octavo.sampling import ClassifierFree, Guidance, SkipLayerGuidance
 from tests.placement.models import adapter
@@ -113,8 +113,12 @@ def test_what_leaves_is_away_and_comes_back_when_it_is_called() -> None:
     for encoder in components.encoders:  # one after the other, for they stream
         encoder()
         assert here() == {"mmdit", encoder.kind}
-    components.mmdit()
+    mmdit = components.mmdit()
     assert here() == {"mmdit"}
+    on_device = placed_on(mmdit)
+    assert on_device is not None
+    pixels(components)
+    assert not on_device.slots  # given back for the VAE's work
 
 
 def test_a_controlnet_follows_the_plan_as_the_model_does(tmp_path: Path) -> None:

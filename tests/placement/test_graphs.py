@@ -24,8 +24,8 @@ from octavo.models.packed import pack
 from octavo.placement.arguments import rebuild, tensors_in
 from octavo.placement.graphs import Captured, Limits, capture, captured_by, through
 from octavo.placement.movers import PlainMover
+from octavo.placement.placed import place
 from octavo.placement.plan import Stay
-from octavo.placement.stream import place
 
 CONFIG = MMDiTConfig(depth=2, width=128, heads=2, context_width=32, pooled_width=16, pos_embed_size=16)
 

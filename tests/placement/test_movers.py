@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from octavo.placement.movers import CudaMover, PlainMover, mover_for
+from octavo.placement.placed import place
 from octavo.placement.plan import Stay
-from octavo.placement.stream import place
 from octavo.placement.units import units_of
 from tests.placement.models import evaluate, mmdit
 

@@ -20,8 +20,8 @@ from octavo.fp8.linear import Fp8Linear
 from octavo.fp8.matmul import TORCH_INT8
 from octavo.models.adapter import adapted
 from octavo.placement.movers import PlainMover
+from octavo.placement.placed import Placed, place, placed_on
 from octavo.placement.plan import Stay
-from octavo.placement.stream import Placed, place, placed_on
 from octavo.placement.units import units_of
 from tests.placement.models import EXAMPLES, Example, adapter, clip, evaluate, in_fp8, mmdit, t5
 

@@ -33,9 +33,9 @@ from octavo.pipeline.placing import Placing
 from octavo.pipeline.preview import preview
 from octavo.placement.graphs import captured_by
 from octavo.placement.movers import mover_for
+from octavo.placement.placed import place, placed_on
 from octavo.placement.plan import Stay
 from octavo.placement.running import Running, attend, start
-from octavo.placement.stream import place, placed_on
 from octavo.placement.work import Work
 from octavo.text.lora_tags import split_tags, spoken
 
@@ -177,10 +177,14 @@ class Part(Generic[M]):
             self.stay, self.modulation_streamed = stay, modulation_streamed
 
     def leave(self) -> None:
-        """Off the device, into the host's memory; the next call brings it back."""
+        """Off the device into the host's memory, if it may leave, else only what its blocks pass through; the next call
+        brings it back.
+        """
         with self._loading:
             placed = None if self._model is None else placed_on(self._model)
-            if self._model is not None and placed is not None:
+            if placed is not None and not (self.stay is not None and self.stay.leaves):
+                placed.rest()
+            elif self._model is not None and placed is not None and not placed.away:
                 if (captured := captured_by(self._model)) is not None:
                     captured.drop("the weights leave the device")  # and so does the memory of their graphs
                 placed.leave()

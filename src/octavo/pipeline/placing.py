@@ -86,10 +86,9 @@ class Placing:
         self._follow(self.plan)
 
     def done(self, *parts: "Part[nn.Module]") -> None:
-        """These are not needed until they are called again: those that the plan lets leave leave the device."""
+        """These are not needed until they are called again: they leave the device, as far as the plan lets them."""
         for part in parts:
-            if part.stay is not None and part.stay.leaves:
-                part.leave()
+            part.leave()
 
     def smaller(self) -> bool:
         """Go over to the next smaller plan, which is told; False where there is none."""
@@ -176,10 +175,13 @@ class Placing:
 
 
 def leave_others(part: "Part[Any]", others: "Iterable[Part[Any]]") -> None:
-    """A part comes to the device: of the others those leave that may, and that it does not share a stage with."""
-    together = ENCODERS if part.kind in ENCODERS and not (part.stay is not None and part.stay.streamed) else ()
+    """A part comes to the device: the others leave, as far as they may, but for those that it shares a stage with."""
+    together: tuple[str, ...] = ("mmdit", "controlnet")
+    if part.kind not in together:
+        # Encoders that stream have their stage one after the other.
+        together = ENCODERS if part.kind in ENCODERS and not (part.stay is not None and part.stay.streamed) else ()
     for other in others:
-        if other is not part and other.kind not in together and other.stay is not None and other.stay.leaves:
+        if other is not part and other.kind not in together:
             other.leave()
 
 

@@ -1,15 +1,11 @@
-"""Models larger than the device's memory: their blocks' weights live at home in host memory and pass through it.
-
-    placed = place(mmdit, stay, mover)     # a finished model, whose weights may be anywhere
-    velocity = mmdit(x, context, table)    # as ever: the same bits
+"""Blocks whose weights live at home in host memory and pass through the device.
 
 Of the blocks that stream, one computes from its slot, a buffer on the device, while the next one is copied into
 another: after the last block comes the first of the next step. Hooks point a block's tensors at the slot for the time
 of its forward, and home again afterwards. The order in which blocks are called is only what is expected: one that comes
 out of turn, after blocks that were skipped or a step that was broken off, is fetched when it comes.
 
-adaLN is called once a run, before the first step, and for all blocks in a row: where it streams, its slots exist only
-meanwhile. Token tables of encoders stay in host memory, and the rows that a prompt asks for are moved.
+Which blocks of a model stream, and what becomes of the rest of it, is for `placed`.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,19 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from octavo.fp8 import Fp8Linear
 from octavo.placement.home import Layout, Pointing, Unit, point
 from octavo.placement.movers import Mark, Mover
-from octavo.placement.sizes import human
-from octavo.placement.units import units_of
 
 if TYPE_CHECKING:
     from octavo.placement.plan import Stay
 
-MARK = "placed"  # the model's attribute that `placed_on` finds
 
-
-class _Held:
+class Held:
     """A unit and its bytes: at home, on the device, or, while that is being changed, both."""
 
     def __init__(self, unit: Unit, mover: Mover) -> None:
@@ -102,10 +93,10 @@ class Streamed:
             once: they are called in a row now and then, rather than again and again: slots exist only meanwhile.
         """
         self._mover, self._once = mover, once
-        with _plain_tensors():
-            self._held = [_Held(unit, mover) for unit in units]
+        with plain_tensors():
+            self._held = [Held(unit, mover) for unit in units]
         self._hooks: list[Any] = []
-        self._slots: list[_Slot] = []
+        self.slots: list[_Slot] = []
         self._views: dict[tuple[int, int], Pointing] = {}  # by slot and unit
         self._lock, self._holder, self._inside = Lock(), -1, -1
         self.move(stay)
@@ -122,7 +113,7 @@ class Streamed:
         self.rest()
         self.stay, resident = stay, set(stay.resident_units)
         self.streamed = [i for i in range(len(self._held)) if i not in resident]
-        with _plain_tensors():
+        with plain_tensors():
             for i in self.streamed:  # first, for they make room
                 self._held[i].go_home()
             for i in resident:
@@ -143,22 +134,22 @@ class Streamed:
 
     def rest(self) -> None:
         """Give the slots' memory back until the next call."""
-        for slot in self._slots:
+        for slot in self.slots:
             if slot.arrived is not None:
                 # The memory may be computed with at once: not before the last copy into it.
                 self._mover.wait(slot.arrived)
-        self._slots, self._views = [], {}
+        self.slots, self._views = [], {}
 
     def leave(self) -> None:
         """Take everything off the device, until `arrive`."""
         self.rest()
-        with _plain_tensors():
+        with plain_tensors():
             for i in self.stay.resident_units:
                 self._held[i].go_home()
 
     def arrive(self) -> None:
         """Bring back what is resident."""
-        with _plain_tensors():
+        with plain_tensors():
             for i in self.stay.resident_units:
                 self._held[i].settle(keep_home=True)
 
@@ -198,8 +189,8 @@ class Streamed:
         self._lock.acquire()  # until the unit is left: another thread could take its slot away
         self._holder, self._inside = get_ident(), i
         try:
-            with _plain_tensors():
-                if not self._slots:
+            with plain_tensors():
+                if not self.slots:
                     self._open()
                 slot = self._slot_of(i)
                 if slot is None:
@@ -233,16 +224,16 @@ class Streamed:
     def _open(self) -> None:
         count = min(self.stay.slots, len(self.streamed))
         buffers = [self._mover.buffer(self.slot_bytes) for _ in range(count)]
-        self._slots = [_Slot(buffer, self._mover.mark()) for buffer in buffers]
+        self.slots = [_Slot(buffer, self._mover.mark()) for buffer in buffers]
 
     def _slot_of(self, i: int) -> _Slot | None:
-        return next((slot for slot in self._slots if slot.unit == i), None)
+        return next((slot for slot in self.slots if slot.unit == i), None)
 
     def _fetch(self, i: int, wanted: Sequence[int]) -> _Slot:
         """Copy a unit into the slot whose unit is needed last, of those that hold none of the `wanted`."""
         home = self._held[i].home
         assert home is not None, "a unit that streams has a home"
-        slot = max((slot for slot in self._slots if slot.unit not in wanted), key=lambda slot: self._distance(i, slot))
+        slot = max((slot for slot in self.slots if slot.unit not in wanted), key=lambda slot: self._distance(i, slot))
         slot.unit = None  # should the copy fail
         slot.arrived = self._mover.copy(home, slot.buffer, slot.free)
         slot.unit = i
@@ -256,7 +247,7 @@ class Streamed:
     def _prefetch(self, i: int) -> None:
         """Let the units that come next into the other slots."""
         wanted = [i]
-        for _ in self._slots[1:]:
+        for _ in self.slots[1:]:
             following = self._next[wanted[-1]]
             if following in wanted or (self._once and following < wanted[-1]):
                 return
@@ -265,134 +256,12 @@ class Streamed:
             wanted.append(following)
 
     def _point(self, i: int, slot: _Slot) -> None:
-        key = (self._slots.index(slot), i)
+        key = (self.slots.index(slot), i)
         if key not in self._views:
             self._views[key] = self._held[i].layout.pointing(slot.buffer)
         point(self._views[key])
 
 
-class Placed:
-    """Where a model's weights live; made by `place`.
-
-    Attributes:
-        stay: of its blocks.
-        modulation_streamed: whether adaLN passes through the device once a run.
-        away: whether all its weights are in host memory, until `arrive`.
-    """
-
-    def __init__(self, model: nn.Module, stay: "Stay", mover: Mover, *, modulation_streamed: bool = False) -> None:
-        units = units_of(model)
-        self.stay, self.modulation_streamed = stay, modulation_streamed
-        self._mover, self._units = mover, units
-        outside = [module for unit in (*units.blocks, *units.modulation) for module in unit.modules]
-        self._blocks = Streamed(units.blocks, stay, mover)
-        self._modulation = Streamed(units.modulation, self._of_modulation(), mover, once=True)
-        with _plain_tensors():
-            self._rest = _Held(Unit("rest", (model,), (*outside, *units.tables)), mover)
-            self._rest.settle(keep_home=stay.leaves)
-            for layer in model.modules():
-                if isinstance(layer, Fp8Linear) and layer.input_scale is not None:
-                    layer.input_scale = layer.input_scale.to(mover.device)
-        for table in units.tables:
-            _look_up_at_home(table, mover.device)
-        self.away = False
-        model.__dict__[MARK] = self
-        self._model = model
-
-    def move(self, stay: "Stay", *, modulation_streamed: bool = False) -> None:
-        """Place it anew; not while the model is used."""
-        self.stay, self.modulation_streamed = stay, modulation_streamed
-        both = [(self._blocks, stay), (self._modulation, self._of_modulation())]
-        for streamed, its in sorted(both, key=lambda each: each[1].resident):
-            streamed.move(its, away=self.away)
-
-    def leave(self) -> None:
-        """Take all weights off the device; `arrive` before the next use."""
-        if self.away:
-            return
-        self._blocks.leave()
-        self._modulation.leave()
-        with _plain_tensors():
-            self._rest.go_home()
-        self.away = True
-
-    def arrive(self) -> None:
-        """Bring back what `leave` has taken away; free where there is nothing to bring."""
-        if self.away:
-            self._blocks.arrive()
-            self._modulation.arrive()
-            with _plain_tensors():
-                self._rest.settle(keep_home=True)
-            self.away = False
-
-    def close(self) -> None:
-        """Let go of the model, which is not used any more, so that its memory is free as soon as nobody has it."""
-        self._blocks.close()
-        self._modulation.close()
-        self._mover.finish()
-        self._model.__dict__.pop(MARK, None)
-
-    @property
-    def streamed(self) -> bool:
-        """Whether tensors change their addresses while the model is used."""
-        return bool(self._blocks.streamed)
-
-    @property
-    def device_bytes(self) -> int:
-        """What its weights take on the device at most, adaLN aside where that passes."""
-        return (
-            self._blocks.device_bytes
-            + self._rest.nbytes
-            + (0 if self.modulation_streamed else self._modulation.device_bytes)
-        )
-
-    @property
-    def host_bytes(self) -> int:
-        """What they take in host memory."""
-        tables = sum(table.weight.nbytes for table in self._units.tables)
-        return self._blocks.host_bytes + self._modulation.host_bytes + tables
-
-    def __str__(self) -> str:
-        stay = self.stay
-        said = f"all {stay.layers} blocks resident" if stay.layers else "whole"
-        if stay.resident < stay.layers:
-            through = f"{stay.slots} buffers of {human(self._blocks.slot_bytes)}"
-            passing = stay.layers - stay.resident
-            said = f"{stay.resident} of {stay.layers} blocks resident, {passing} pass through {through}"
-        once = "; adaLN passes once a run" if self.modulation_streamed and self._units.modulation else ""
-        return f"{said}{once}; {human(self.device_bytes)} on the device, {human(self.host_bytes)} in host memory"
-
-    def _of_modulation(self) -> "Stay":
-        from octavo.placement.plan import Stay
-
-        count = len(self._units.modulation)
-        return Stay(resident=0 if self.modulation_streamed else count, layers=count)
-
-
-def place(model: nn.Module, stay: "Stay", mover: Mover, *, modulation_streamed: bool = False) -> Placed:
-    """Let a finished model's weights live where a plan says; what it computes stays the same, bit for bit.
-
-    Args:
-        model: loaded and prepared; its weights may be in host memory or on the device.
-        stay: of its blocks or layers.
-        mover: knows the device.
-        modulation_streamed: let adaLN pass through the device once a run.
-    """
-    return Placed(model, stay, mover, modulation_streamed=modulation_streamed)
-
-
-def placed_on(model: nn.Module) -> Placed | None:
-    """What `place` made of the model; None for one that was not placed."""
-    return model.__dict__.get(MARK)
-
-
-def _look_up_at_home(table: nn.Embedding, device: torch.device) -> None:
-    """Let a table of tokens stay in host memory: the tokens go there, their rows come back."""
-    table.weight = nn.Parameter(table.weight.detach().cpu(), requires_grad=False)
-    table.register_forward_pre_hook(lambda table, inputs: (inputs[0].to(table.weight.device),))
-    table.register_forward_hook(lambda _table, _inputs, rows: rows.to(device))
-
-
-def _plain_tensors() -> Any:
+def plain_tensors() -> Any:
     """Buffers outlive the inference mode that they may be made in, and are written to outside of it, too."""
     return torch.inference_mode(False)
