@@ -38,6 +38,7 @@ def test_every_backend_is_told_with_what_it_needs_or_why_it_is_of_no_use(run: Ru
     for backend in BACKENDS:
         assert f"\n{backend.name} " in out
     assert "torch: runs on cuda, this is cpu." in out
+    assert "steps between products one by one: a fused one runs on cuda, this is cpu" in out
     assert "compute capability 8.9" in out
     assert "cores" in out
     assert "computes in float32 unless told otherwise" in out

@@ -20,6 +20,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     from octavo.devices import device_name, free_bytes, pick_dtype
     from octavo.fp8.needs import dtype_name
     from octavo.fp8.timing import cache_folder
+    from octavo.fp8.verdicts import unfit
     from octavo.placement.survey import starting
 
     facts: dict[str, Any] = {
@@ -30,6 +31,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "cache": str(cache_folder()),
         "steps": starting(device),
+        "steps_not_fused": unfit(device, pick_dtype(None, device)),  # why; null where they can be
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -51,7 +53,7 @@ def as_json(facts: dict[str, Any], findings: list[Finding], ways: list[Attention
     from octavo.fp8.survey import SHAPES
 
     shapes = [{"what": shape.what, "M": shape.M, "K": shape.K, "N": shape.N} for shape in SHAPES]
-    fields = ("name", "about", "needs", "exact", "fast", "chosen", "milliseconds")
+    fields = ("name", "about", "needs", "rows", "exact", "fast", "chosen", "milliseconds")
     backends = [{field: getattr(finding, field) for field in fields} for finding in findings]
     return {**facts, "shapes": shapes, "backends": backends, "attention": list(map(asdict, ways))}
 
@@ -76,13 +78,18 @@ def page(facts: dict[str, Any], findings: list[Finding]) -> list[RenderableType]
         Text.assemble((facts["device"], "bold"), f"  {facts['name']}"),
         Text(f"{power}; {free}"),
         Text(f"{fp8}; computes in {facts['dtype']} unless told otherwise; torch {facts['torch']}"),
+        Text(_steps(facts["steps_not_fused"])),
         "",
     ]
-    table = Table("backend", "what it does", "exact", "--fast", "needs", box=None, pad_edge=False, header_style="dim")
+    table = Table(
+        "backend", "what it does", "fused", "exact", "--fast", "needs", box=None, pad_edge=False, header_style="dim"
+    )
     for finding in findings:
         if finding.needs:
             exact, fast = (_use(finding, mode) for mode in ("exact", "fast"))
-            table.add_row(Text(finding.name, "bold"), finding.about, exact, fast, Text(finding.needs, "dim"))
+            table.add_row(
+                Text(finding.name, "bold"), finding.about, finding.rows or "", exact, fast, Text(finding.needs, "dim")
+            )
     lines.append(table)
     reasons = [
         Text(f"{finding.name}: {finding.fast}.", "dim")
@@ -121,6 +128,12 @@ def attention_page(facts: dict[str, Any], ways: list[AttentionFinding]) -> list[
     lines: list[RenderableType] = ["", table, ""]
     lines += ["Not usable here:", *reasons, ""] if reasons else []
     return [*lines, *options]
+
+
+def _steps(why_not: str | None) -> str:
+    if why_not is None:
+        return "fuses the steps between products where that is measured to pay"
+    return f"takes the steps between products one by one: a fused one {why_not}"
 
 
 def _use(finding: Finding | AttentionFinding, mode: str) -> str:

@@ -4,6 +4,7 @@ ways to multiply by it. Start reading at `scale`, then `linear`; `prepare` settl
 from octavo.fp8.backends import Backend, Choice, choose_backend, find_backend
 from octavo.fp8.finite import all_finite, watch
 from octavo.fp8.formats import E4M3FN, E5M2, FORMATS, Fp8Format
+from octavo.fp8.fused import FusedPaths, fuse, fused_paths
 from octavo.fp8.linear import Fp8Linear, LinearSpec
 from octavo.fp8.matmul import BACKENDS
 from octavo.fp8.needs import Mode, Problem
@@ -21,6 +22,7 @@ __all__ = [
     "Choice",
     "Fp8Format",
     "Fp8Linear",
+    "FusedPaths",
     "Granularity",
     "LinearSpec",
     "Mode",
@@ -32,6 +34,8 @@ __all__ = [
     "choose_backend",
     "dequantize",
     "find_backend",
+    "fuse",
+    "fused_paths",
     "paths",
     "prepare",
     "quantize",

@@ -39,6 +39,7 @@ class Finding:
     name: str
     about: str
     needs: str
+    rows: str | None  # in what 8 bits it takes rows from fused steps; None where it takes 16
     exact: str | None  # why not in mode "exact"; None where it can
     fast: str | None  # why not in mode "fast"
     chosen: tuple[str, ...]  # modes in which it is the one that is taken, unless times say otherwise
@@ -69,6 +70,7 @@ def survey(
             name=backend.name,
             about=backend.about,
             needs=", ".join(map(str, backend.needs)) or "nothing",
+            rows=backend.form,
             exact=backend.refusal(exact),
             fast=backend.refusal(typical),
             chosen=tuple(mode for mode, chosen in taken.items() if chosen is backend),
@@ -79,7 +81,7 @@ def survey(
     if timings is not None:
         rival = unquantized(dtype)
         findings.append(
-            Finding(rival.name, "a weight that is not quantized, to compare", "", None, None, (), times(rival))
+            Finding(rival.name, "a weight that is not quantized, to compare", "", None, None, None, (), times(rival))
         )
         timings.save()
     return findings
