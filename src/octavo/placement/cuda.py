@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from octavo.devices import free_bytes
+from octavo.placement.arguments import tensors_in
 
 
 @dataclass(slots=True, eq=False)
@@ -15,6 +16,7 @@ class CudaRecording:
     """A CUDA graph with the tensors that it writes its results to."""
 
     graph: torch.cuda.CUDAGraph
+    first: Any
     outputs: Any
     nbytes: int
 
@@ -50,8 +52,12 @@ class CudaSeam:
                 self._pool = torch.cuda.graph_pool_handle()
             self._stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(self._stream):
-                work()
+                first = work()
             torch.cuda.synchronize(device)
+            made: list[torch.Tensor] = []
+            tensors_in(first, made)
+            for tensor in made:  # it was made for the other stream, and is read by this one
+                tensor.record_stream(torch.cuda.current_stream(device))
             # What the run before left to this stream and to the usual one is not used again: the graph has a pool.
             gc.collect()
             torch.cuda.empty_cache()
@@ -60,7 +66,7 @@ class CudaSeam:
             # "thread_local": other threads, which decode pictures or ask for free memory, do not break the capture.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 outputs = work()
-            return CudaRecording(graph, outputs, max(0, torch.cuda.memory_reserved(device) - before))
+            return CudaRecording(graph, first, outputs, max(0, torch.cuda.memory_reserved(device) - before))
 
     def forget(self) -> None:
         """The next recording begins a new pool."""

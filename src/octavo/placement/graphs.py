@@ -52,7 +52,8 @@ MOST_REASONS = 32  # that are told of one model
 class Recording(Protocol):
     """Work that was recorded on fixed addresses."""
 
-    outputs: Any  # what the work returned; `replay` writes there
+    first: Any  # what the work gave when it was warmed up; its owner takes it and leaves None
+    outputs: Any  # what the work returned when it was captured; `replay` writes there
     nbytes: int  # of device memory that it took
 
     def replay(self) -> None:
@@ -122,7 +123,7 @@ class Captured:
     """Graphs of one model; made by `capture`. It holds no reference to the model, whose end is the graphs' end.
 
     Attributes:
-        replays, plain: calls answered by a graph, and without one.
+        replays, plain: calls answered by a graph, those that captured it included, and without one.
         reasons: why calls were answered without a graph, the first time that each was met, in order.
     """
 
@@ -176,13 +177,20 @@ class Captured:
                     tuple((id(adapter), strength) for adapter, strength in applied),
                     groups,
                 )
-                graph = self._graph(key, function, spec, inputs, (indexes, applied))
+                graph = self._known(key)
                 if graph is not None:
                     for static, given in zip(graph.inputs, inputs, strict=True):
                         static.copy_(given, non_blocking=True)
                     graph.recording.replay()
                     self.replays += 1
                     return rebuild(graph.gives, (x.clone() for x in graph.outputs))
+                if self._is_time(key, inputs):
+                    graph = self._record(key, function, spec, inputs, (indexes, applied))
+                    if graph is not None:
+                        self.replays += 1
+                        # What the run before the capture gave, so that a capture costs no evaluation.
+                        result, graph.recording.first = graph.recording.first, None
+                        return result
             else:
                 self._say(reason)
             self.plain += 1
@@ -197,33 +205,28 @@ class Captured:
         self._failed.clear()
         self.seam.forget()
 
-    def _graph(
-        self,
-        key: Hashable,
-        function: Callable[..., Any],
-        spec: Spec,
-        inputs: Sequence[Tensor],
-        held: tuple[object, Sequence[tuple[Adapter, float]]],
-    ) -> _Graph | None:
-        """The graph of a bucket, captured if it is time; None where the call goes without."""
+    def _known(self, key: Hashable) -> _Graph | None:
+        """The graph of a bucket, if it was captured."""
         # A LoRA that gave its tensors back and comes again has others.
         for old in [k for k, graph in self._graphs.items() if not all(adapter.ready for adapter in graph.adapters)]:
             del self._graphs[old]
         graph = self._graphs.get(key)
         if graph is not None:
             self._graphs.move_to_end(key)
-            return graph
+        return graph
+
+    def _is_time(self, key: Hashable, inputs: Sequence[Tensor]) -> bool:
+        """Whether a bucket that has no graph is to be captured by this call."""
         self._seen[key] = self._seen.pop(key, 0) + 1
         while len(self._seen) > 8 * self.limits.graphs:
             self._seen.popitem(last=False)
         if self._seen[key] < self.limits.after or key in self._failed:
-            return None
-        device = inputs[0].device
-        free = self.seam.free(device)
+            return False
+        free = self.seam.free(inputs[0].device)
         if free is not None and free < self.limits.spare:
             self._say(f"less than {self.limits.spare >> 20} MB of device memory are free")
-            return None
-        return self._record(key, function, spec, inputs, held)
+            return False
+        return True
 
     def _record(
         self,
