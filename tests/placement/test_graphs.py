@@ -35,7 +35,10 @@ class Replay:
 
     def __init__(self, seam: "Replayed", work: Callable[[], Any]) -> None:
         self.seam, self.work, self.nbytes = seam, work, seam.each
-        self.outputs = work()
+        self.first, self.outputs = work(), work()
+        captured: list[Tensor] = []
+        tensors_in(self.outputs, captured)
+        spoil([*captured, *seam.buffers])  # a capture computes nothing
 
     def replay(self) -> None:
         first: list[Tensor] = []
@@ -44,8 +47,12 @@ class Replay:
         tensors_in(self.work(), again)
         for mine, made in zip(first, again, strict=True):
             mine.copy_(made)
-        for buffer in self.seam.buffers:
-            buffer.fill_(torch.nan if buffer.is_floating_point() else 0)
+        spoil(self.seam.buffers)
+
+
+def spoil(tensors: list[Tensor]) -> None:
+    for tensor in tensors:
+        tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
 
 
 class Replayed:
