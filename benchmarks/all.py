@@ -8,7 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARKS = ("picture", "embedded", "judge", "fp8_linear", "fp8_quality", "mmdit_step", "load", "quantize", "server")
+BENCHMARKS = (
+    "device",
+    "picture",
+    "embedded",
+    "judge",
+    "fp8_linear",
+    "fp8_quality",
+    "mmdit_step",
+    "load",
+    "quantize",
+    "server",
+)
 
 
 def main() -> None:

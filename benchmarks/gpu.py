@@ -67,8 +67,9 @@ def sections() -> Iterator[Section]:
     yield Section("medium", bench(*suites("step", "picture"), "--repeats", "5", model="medium"), 50)
     yield Section("peers", bench(*suites("step"), "--peers", "--compile", "--repeats", "5", model="large"), 100)
     yield Section("kernels_large", bench(*suites("kernels"), model="large"), 40)
-    for name in ("fused", "attention"):
-        yield Section(name, (sys.executable, "-m", f"benchmarks.{name}"), 40)
+    attention = ("benchmarks.attention", "--device", "cuda", "--times", "--no-pictures")
+    yield Section("attention", (sys.executable, "-m", *attention), 40)
+    yield Section("peer_pictures", bench(*suites("picture"), "--peers", "--repeats", "3", model="large"), 100)
     yield Section("memory_medium", bench(*suites("memory"), model="medium"), 40)
 
 

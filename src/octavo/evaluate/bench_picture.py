@@ -109,6 +109,7 @@ def bench_picture(
                     "guidance_scale": sheet.job(components).guidance_scale,
                     "dtype": dtype_name(variants[name].dtype),
                     "fp8_linears": components.mmdit.fp8_linears,
+                    **_predicted(components, stage),
                 },
             )
     return {name: Timing(tuple(each["whole"])) for name, each in seconds.items()}
@@ -126,6 +127,16 @@ def draw(components: Components, sheet: Sheet) -> dict[str, float]:
     marks.append(_now())
     taken = [after - before for before, after in pairwise(marks)]
     return dict(zip(STAGES, [*taken, marks[-1] - marks[0]], strict=True))
+
+
+def _predicted(components: Components, stage: str) -> dict[str, float]:
+    """What the memory plan expected of a stage, where there is one and the device is a card that is known."""
+    plan = None if components.placing is None else components.placing.plan
+    if plan is None or plan.card is None:
+        return {}
+    names = {"denoise": ("modulation", "denoise"), "whole": tuple(plan.stages)}.get(stage, (stage,))
+    seconds = [plan.stages[name].seconds for name in names if name in plan.stages]
+    return {"predicted": float(f"{sum(each for each in seconds if each is not None):.4g}")}
 
 
 def _bounds(components: Components, wanted: Wanted, sheet: Sheet, ceilings: Ceilings) -> dict[str, float]:

@@ -24,6 +24,7 @@ from octavo.evaluate.bench_timing import NEVER, Deadline, Timing, interleave, wa
 from octavo.fp8 import Fp8Linear
 from octavo.fp8.needs import dtype_name
 from octavo.models import MMDiT, MMDiTConfig
+from octavo.models.ops import PLAIN, PlainOps, each_with_ops, use_ops
 from octavo.placement.graphs import captured_by, through
 
 RELEASED_TOKENS = 333  # 77 of CLIP and 256 of T5, as the released models were trained
@@ -142,7 +143,7 @@ def bench_step(
 
 def make_steps(wanted: Wanted, batch: int, height: int, width: int, tokens: int) -> Iterator[tuple[str, Step]]:
     """Load the model and make its table of modulation; gives the step as a run takes it (under the name ""), and where
-    that is by CUDA graphs, also the eager one."""
+    that is by CUDA graphs or fused kernels, also those without."""
     components = open_model(wanted)
     mmdit = components.mmdit()
     inputs = draw_inputs(mmdit.config, batch, height, width, tokens).to(wanted.device, wanted.dtype)
@@ -159,9 +160,22 @@ def make_steps(wanted: Wanted, batch: int, height: int, width: int, tokens: int)
     def step(call: Callable[..., Tensor]) -> Step:
         return Step(wanted, mmdit, partial(call, inputs.latents, inputs.context, table), linear, stored)
 
+    def unfused(*given: Any) -> Tensor:
+        parts = each_with_ops(mmdit)
+        fused = [part.ops for part in parts]
+        use_ops(mmdit, PLAIN)
+        try:
+            velocity: Tensor = mmdit(*given)
+            return velocity
+        finally:
+            for part, ops in zip(parts, fused, strict=True):
+                part.ops = ops
+
     yield "", step(through(mmdit))
     if captured_by(mmdit) is not None:
         yield "_eager", step(mmdit)
+    if not all(isinstance(part.ops, PlainOps) for part in each_with_ops(mmdit)):
+        yield "_eager_unfused", step(unfused)
 
 
 def variants_here(wanted: Wanted) -> dict[str, Wanted]:
