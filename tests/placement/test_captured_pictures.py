@@ -83,6 +83,20 @@ def test_runs_in_company_are_the_same(components: Components) -> None:
     assert graphs.replays == 2
 
 
+@pytest.mark.parametrize("spare", [True, False])
+def test_graphs_make_room_for_other_stages_where_the_memory_plan_has_none(spare: bool) -> None:
+    """What they hold is the denoising's own; decoding needs its place where the budget is no larger."""
+    components = load(device="cpu", vram=10**9)
+    expected = drawn(components)
+    assert components.placing is not None
+    decode = max(components.placing.plan.stages[name].peak for name in ("encode", "decode"))
+    graphs = capture(components.mmdit(), limits=Limits(spare=0), seam=Replayed(each=10**9 - decode + (not spare)))
+    for _ in range(2):
+        assert drawn(components) == expected
+    assert len(graphs) == spare
+    assert graphs.replays == (9 if spare else 8)  # without them each picture begins by showing its shape
+
+
 def test_graphs_that_are_asked_for_where_there_are_none_say_why() -> None:
     components = load(device="cpu", graphs=True)
     drawn(components)

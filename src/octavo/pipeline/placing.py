@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from octavo.errors import PlacementError, RequestError
-from octavo.models import ControlNet
+from octavo.models import ControlNet, MMDiTConfig
 from octavo.placement.cards import budget_here, card_here
+from octavo.placement.graphs import drop_beyond
 from octavo.placement.plan import Plan, Stay, make_plan
 from octavo.placement.shapes import ENCODERS, PartShape, Shapes
 from octavo.placement.sizes import human, parse_bytes
@@ -106,6 +107,13 @@ class Placing:
         """The part that is needed at every step."""
         return self._parts["mmdit"]
 
+    @property
+    def tokens(self) -> int:
+        """Of text and image that a call of the model may have, over all rows, by what was planned for."""
+        work, config = self.plan.work, self.mmdit.config
+        assert isinstance(config, MMDiTConfig)
+        return work.rows * (work.tokens + work.image_tokens(config))
+
     def needs(self, kind: str) -> int:
         """Bytes of weights that a part has on the device while it is used."""
         shape, stay = self._shapes.parts[kind], self.plan.parts[kind]
@@ -145,6 +153,11 @@ class Placing:
 
     def _arriving(self, part: "Part[nn.Module]") -> None:
         leave_others(part, self._parts.values())
+        model = self.mmdit.in_memory
+        if part.kind not in ("mmdit", "controlnet") and model is not None:
+            # While it denoises, its graphs hold what its work would take anyway; in other stages they are in the way.
+            others = max(stage.peak for name, stage in self.plan.stages.items() if name in ("encode", "decode"))
+            drop_beyond(model, self.budget.nbytes - others)
 
     # ControlNets: one part of the plan, as large as all of them
 

@@ -96,6 +96,13 @@ def captured_by(model: nn.Module) -> "Captured | None":
     return found if isinstance(found, Captured) else None
 
 
+def drop_beyond(model: nn.Module, room: int) -> None:
+    """Drop the graphs of `model`, if any, where they hold more than `room` bytes."""
+    captured = captured_by(model)
+    if captured is not None and captured.nbytes > max(room, 0):
+        captured.drop(f"they hold {captured.nbytes >> 20} MB, and the memory plan has {max(room, 0) >> 20} MB to spare")
+
+
 def through(model: nn.Module, function: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """What to call instead of `model`, or of one of its bound methods.
 
