@@ -288,6 +288,20 @@ def test_a_budget_that_is_too_small_is_refused_with_what_would_do() -> None:
         load(device="cpu", vram="1MB")
 
 
+def test_where_nobody_has_named_a_budget_the_least_plan_is_tried_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    """What is free on a device may be less than the least plan is reckoned to need."""
+    components = load(device="cpu", vram=Budget(10**6))
+    assert components.at_last
+    assert "1 MB is free on cpu" in caplog.text
+    assert np.array_equal(pixels(components), unplaced())
+
+
+def test_those_who_train_have_every_part_whole() -> None:
+    components = load(device="cpu", vram="1MB", planned=False)
+    assert components.placing is None
+    assert placed_on(components.mmdit()) is None
+
+
 def test_budgets_are_read_as_people_write_them() -> None:
     cpu = torch.device("cpu")
     assert budget_of("6GB", cpu) == Budget(6 * 10**9, named=True)
@@ -305,6 +319,8 @@ def test_the_headline_and_the_log_say_what_comes_and_goes(caplog: pytest.LogCapt
         components = placed(budgets()[-1])
         pixels(components)
     assert "t5 streams" in components.headline
+    assert components.placing is not None
+    assert components.placing.tokens >= WORK.rows * (WORK.tokens + 16)
     assert any("blocks resident" in record.message for record in caplog.records)
     assert any("Memory plan: " in record.message for record in caplog.records)
     assert load(device="cpu").headline.endswith("in float32")

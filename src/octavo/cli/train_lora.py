@@ -112,6 +112,7 @@ def lora(
         device=device,
         dtype=dtype,
         force_fp8=force_fp8,
+        planned=False,
     )
 
     def report(line: str) -> None:

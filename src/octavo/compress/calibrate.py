@@ -86,6 +86,7 @@ def find_components(path: Path, settings: QuantizeSettings) -> Components:
         "vae": settings.vae,
         "device": settings.device,
         "dtype": settings.dtype,
+        "planned": False,
     }
     components = load(path, **options)  # type: ignore[arg-type]
     free = free_bytes(components.device)

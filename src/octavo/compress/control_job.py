@@ -143,6 +143,7 @@ def _steered(stream: ControlStream, settings: QuantizeSettings, *, needed: bool)
             vae=settings.vae,
             device=settings.device,
             dtype=settings.dtype,
+            planned=False,
         )
         config = components.mmdit.config
         assert isinstance(config, MMDiTConfig)

@@ -147,6 +147,7 @@ def finetune_checkpoint(
         vae=vae,
         device=device,
         dtype=dtype,
+        planned=False,
     )
     train_on, judge_by = _split(prompts, embedded=components.embedded)
 

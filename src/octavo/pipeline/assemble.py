@@ -63,6 +63,7 @@ def load(
     compile: bool | str = False,
     graphs: bool | None = None,
     vram: str | int | Budget | None = None,
+    planned: bool = True,
     make_part: PartMaker = Part,
     loras: Loras | None = None,
 ) -> Components:
@@ -94,6 +95,7 @@ def load(
         vram: how much of the device's memory may be used: "6GB", "80%" or bytes; what is free on a CUDA device when not
             given. What does not fit comes and goes, or passes through block by block; the pictures stay the same. On a
             CPU it is followed as well, for tests: there it only costs.
+        planned: False keeps each part whole on the device while it is loaded, as those need who train it.
         make_part: makes each part, or gives one that was made before; see `shelf`.
         loras: where LoRAs are looked for; in the models tree and at any path when not given.
 
@@ -182,7 +184,7 @@ def load(
             pooled_width=config.pooled_width,
         ),
         preset=preset,
-        placing=placing_of([mmdit, *encoders.values(), vae_part], preset, vram),
+        placing=placing_of([mmdit, *encoders.values(), vae_part], preset, vram) if planned else None,
         embedded=embedded,
         warnings=warnings,
         tiled_vae=tiled_vae,

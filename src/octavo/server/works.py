@@ -27,7 +27,10 @@ def load(state: State) -> Works:
     if shelf.device.type == "cpu":
         keep_freed_memory()
     shelf.when_loaded = lambda part: metrics.load(f"{part.path.stem} ({part.kind})")
-    batcher = Batcher(metrics=metrics, relief=shelf.free, smaller=shelf.smaller)
+    # Under a budget that the owner has named, no turn is larger than what was planned for.
+    placing = components.placing
+    most = None if placing is None or not placing.budget.named else placing.tokens
+    batcher = Batcher(max_tokens=most, metrics=metrics, relief=shelf.free, smaller=shelf.smaller)
     metrics.watch_fp8(lambda: fp8_layers(model for part in shelf.loaded if (model := part.in_memory) is not None))
 
     def warm_up() -> None:
