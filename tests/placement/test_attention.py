@@ -126,8 +126,11 @@ def test_a_model_attends_as_chosen_once_for_each_shape() -> None:
     attend = Attending(torch.device("cpu"), mode="fast")
     use_ops(model, PlainOps(attend))
     assert torch.equal(model(*args), expected)
-    model(*inputs(model, side=6))
-    assert [taken.backend.name for taken in attend.taken.values()] == ["sdpa", "sdpa"]
+    model(*inputs(model, side=6))  # 14 tokens rather than 21: near enough
+    assert [taken.backend.name for taken in attend.taken.values()] == ["sdpa"]
+    model(*inputs(model, side=16))  # 69
+    model(*inputs(model, rows=1))
+    assert [taken.backend.name for taken in attend.taken.values()] == ["sdpa"] * 3
 
     calls = []
 

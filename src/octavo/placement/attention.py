@@ -308,29 +308,28 @@ def choose_attention(
 
 @dataclass(slots=True, eq=False)
 class Attending:
-    """How a model attends: chosen once for each shape that occurs. An `Attend`."""
+    """How a model attends: chosen once for each shape that occurs, about. An `Attend`."""
 
     device: torch.device
     mode: Mode = "exact"
     wanted: AttentionBackend | None = None
     measure: Measure | None = None  # None: on CUDA devices by timing, else not
     backends: Sequence[AttentionBackend] = ATTENTION_BACKENDS
-    taken: dict[tuple[object, ...], Taken] = field(default_factory=dict)  # by shapes and dtype
+    taken: dict[tuple[object, ...], Taken] = field(default_factory=dict)  # by shapes, see `_about`, and dtype
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[B, L, H, E] and twice [B, M, H, E] → [B, L, H·E]."""
-        key = (*q.shape, k.shape[1], q.dtype)
+        batch, queries, heads, width = q.shape
+        key = (batch, _about(queries), _about(k.shape[1]), heads, width, q.dtype)
         taken = self.taken.get(key)
         if taken is None:
-            taken = self.taken[key] = self._choose(q, k)
+            taken = self.taken[key] = self._choose(*key)
         return taken.backend.run(q, k, v)
 
-    def _choose(self, q: Tensor, k: Tensor) -> Taken:
-        batch, queries, heads, width = q.shape
+    def _choose(self, batch: int, queries: int, keys: int, heads: int, width: int, dtype: torch.dtype) -> Taken:
         case = Case(
-            batch=batch, queries=queries, keys=k.shape[1], heads=heads, width=width, dtype=q.dtype, device="",
-            mode=self.mode,
-        ).on(self.device)  # fmt: skip
+            batch=batch, queries=queries, keys=keys, heads=heads, width=width, dtype=dtype, device="", mode=self.mode
+        ).on(self.device)
         timings = None
         if self.measure is None and self.device.type == "cuda" and self.wanted is None:
             # Kept on disk, so that the next process takes the same one: another would give another last bit.
@@ -340,8 +339,14 @@ class Attending:
             timings.save()
         reasons = {} if self.wanted is not None else taken.reasons  # the same for each of them: it was asked for
         told = "".join(f"\n  not {name}: {why}" for name, why in reasons.items())
-        logger.info("Attention of %d×%d tokens: %s%s", queries, k.shape[1], taken.backend.name, told)
+        logger.info("Attention of up to %d×%d tokens: %s%s", queries, keys, taken.backend.name, told)
         return taken
+
+
+def _about(tokens: int) -> int:
+    """Lengths that are chosen for together: texts differ by some tokens, and need not be measured each."""
+    step = 64 if tokens <= 512 else 512
+    return -(-tokens // step) * step
 
 
 def seconds(backend: AttentionBackend, case: Case) -> float:

@@ -8,6 +8,7 @@ what lies side by side); then each program goes through all keys for some querie
 B batch, L queries, M keys, H heads, E width of a head.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from octavo.fp8.attention import FP8, LOG2E, Rounded, smoothed_by
 from octavo.fp8.formats import E4M3FN
+from octavo.fp8.kernels.launch import on
 from octavo.fp8.kernels.quantize import code_of, native, row_scale_of
 
 
@@ -162,9 +164,13 @@ def attend(
         q, k, v: any strides but 1 along E, in 16 bits (or float32, in the interpreter); M is not 0.
         tile: what suits the device when not given.
     """
+    with on(q.device):
+        return _launch(q, k, v, rounded, scale, tile_for(q.device) if tile is None else tile)
+
+
+def _launch(q: Tensor, k: Tensor, v: Tensor, rounded: Rounded, scale: float | None, tile: Tile) -> Tensor:
     batch, queries, heads, width = q.shape
     keys = k.shape[1]
-    tile = tile_for(q.device) if tile is None else tile
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     converts = native(q.device)
 
@@ -190,7 +196,8 @@ def attend(
     k_codes, k_scale, k_padded = codes(k, 1, tile.keys, smoothed_by(k))
     v_codes, v_scale, strides = v, q_scale, (v.stride(0), v.stride(1), v.stride(2))
     if rounded.weights:
-        by_channel = v.abs().amax(dim=1).float() / E4M3FN.max
+        # Not v.abs().amax(): that would write all of them once more.
+        by_channel = torch.linalg.vector_norm(v, math.inf, dim=1).float() / E4M3FN.max
         v_codes, v_scale, _ = codes(v, 2, tile.keys, torch.where(by_channel == 0, 1.0, by_channel))
     _attend[(q_padded // tile.queries, batch * heads)](
         q_codes, q_scale, k_codes, k_scale, v_codes, v_scale, out, queries, keys, q_padded, k_padded, heads, *strides,
