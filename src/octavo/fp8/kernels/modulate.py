@@ -47,7 +47,8 @@ def _norm_rows(  # type: ignore[no-untyped-def]
         kept = (value + factor.to(tl.float32) * added.to(tl.float32)).to(new.dtype.element_ty)
         tl.store(new + row * columns + offsets, kept, mask=inside)
         value = kept.to(tl.float32)  # as the next step would read it
-    mean = tl.sum(value, axis=0) / columns
+    # Exact division: an error of the mean counts in units of what may be a small deviation.
+    mean = tl.div_rn(tl.sum(value, axis=0), columns * 1.0)
     centred = tl.where(inside, value - mean, 0.0)
     normed = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / columns + eps)
 

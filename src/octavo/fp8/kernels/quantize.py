@@ -60,7 +60,7 @@ def code_of(x, INTEGER: tl.constexpr, NATIVE: tl.constexpr, LARGEST: tl.constexp
 @triton.jit  # type: ignore[untyped-decorator]
 def row_scale_of(amax, spoilt, INTEGER: tl.constexpr, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
     """The scale of a row from its largest absolute value, and whether it holds NaN (1, else 0)."""
-    scale = amax / LARGEST
+    scale = tl.div_rn(amax, LARGEST)  # as exact as torch's; elsewhere Triton's division may end a unit or two beside it
     scale = tl.where(scale > 0, scale, 1.0)
     if INTEGER:  # no code of its own for NaN
         scale = tl.where(spoilt > 0, float("nan"), scale)
