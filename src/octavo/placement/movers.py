@@ -8,6 +8,7 @@ memory, so that plans can be run, and streaming proven, on any machine. On a CPU
 import logging
 import mmap
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -69,10 +70,7 @@ class CudaMover:
     def host(self, nbytes: int) -> Tensor:
         # torch's own pinned memory comes in powers of two: of blocks of 142 MB that would be 80 % too much. Pages of
         # the system's, whole ones: two buffers that share a page could not both be pinned.
-        memory = mmap.mmap(-1, max(nbytes, 1))
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)  # fewer pages to pin
-        return torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]
+        return torch.frombuffer(_pages(max(nbytes, 1)), dtype=torch.uint8)[:nbytes]
 
     def pin(self, buffer: Tensor) -> None:
         address, nbytes = buffer.data_ptr(), buffer.numel()
@@ -111,6 +109,17 @@ class CudaMover:
 
     def finish(self) -> None:
         torch.cuda.synchronize(self.device)
+
+
+def _pages(nbytes: int) -> mmap.mmap:
+    """Memory of this process's own; in large pages where the system has them, for then there are fewer to pin."""
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows, where it is private anyway
+        return mmap.mmap(-1, nbytes)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a system that was built without
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def _unpin(device: torch.device, address: int, memory: torch.UntypedStorage) -> None:  # noqa: ARG001  # kept until then

@@ -87,7 +87,7 @@ class Placed:
             self._blocks.arrive()
             self._modulation.arrive()
             with plain_tensors():
-                self._rest.settle(keep_home=True)
+                self._rest.settle(keep_home=self.stay.leaves)
             self.away = False
 
     def close(self) -> None:

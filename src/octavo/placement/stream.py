@@ -151,7 +151,7 @@ class Streamed:
         """Bring back what is resident."""
         with plain_tensors():
             for i in self.stay.resident_units:
-                self._held[i].settle(keep_home=True)
+                self._held[i].settle(keep_home=self.stay.leaves)
 
     def close(self) -> None:
         """Take the hooks off, and give the slots back."""
