@@ -11,7 +11,7 @@ import octavo
 from octavo.engine.batch import Batcher
 from octavo.errors import ModelNotFoundError, NumericsError, RequestError
 from octavo.fp8 import Fp8Linear
-from octavo.models.adapter import adapted
+from octavo.models.adapter import adapted, weight_of
 from octavo.pipeline.components import Components
 from octavo.pipeline.encode import Conditioning, TextEncoders
 from octavo.pipeline.generate import prepare, start
@@ -136,19 +136,34 @@ def test_fp8_layers_give_their_own_output_and_the_change(tree: Path, fast: bool)
         assert (changed - expected).abs().max() <= 4 * 2**-8 * expected.abs().max()
 
 
-def test_dora_on_weights_that_were_given_up_is_refused(tree: Path) -> None:
-    fp8 = octavo.load(FP8, models_dir=tree, device="cpu", fast=True)
-    mmdit = fp8.mmdit()
+def test_dora_acts_on_weights_that_were_given_up_as_on_those_of_the_file(tree: Path) -> None:
+    """INT8 by row is off by half of a 127th of a row's largest weight at most, and a row's length by √K times that."""
+    exact, fast = (
+        octavo.load(FP8, models_dir=tree, device="cpu", dtype="float32", fast=fast) for fast in (False, True)
+    )
+    mmdit = fast.mmdit()
     given_up = [name for name, layer in mmdit.named_modules() if isinstance(layer, Fp8Linear) and layer.given_up]
     if not given_up:
         pytest.skip("this processor has no faster form of the weights")
-    tensors = low_rank(mmdit, given_up[:1], size=0.3)
-    layer = mmdit.get_submodule(given_up[0])
-    assert isinstance(layer, Fp8Linear)
-    tensors[f"{given_up[0]}.dora_scale"] = torch.ones(layer.out_features)
+    name = given_up[0]
+    layers = [each.mmdit().get_submodule(name) for each in (exact, fast)]
+    weight = weight_of(layers[0])
+    change = low_rank(exact.mmdit(), [name], size=0.3)
+    changed = weight + change[f"{name}.lora_up.weight"] @ change[f"{name}.lora_down.weight"]
+    magnitude = 1.3 * changed.norm(dim=1)
+    tensors = change | {f"{name}.dora_scale": magnitude}
     write_lora(tree / "loras" / "dora.safetensors", mmdit=tensors)
-    with pytest.raises(RequestError, match=r"'dora' is a DoRA.*'exact'"):
-        latents(fp8, "a red star <lora:dora>")
+    ((adapter, _),) = exact.stack([Lora("dora")])["mmdit"]
+    found = [adapter.change(name, layer, torch.float32).scale for layer in layers]
+    adapter.release()
+    scales = [found[0], adapter.change(name, layers[1], torch.float32).scale]
+    assert scales[0] is not None
+    assert scales[1] is not None
+    torch.testing.assert_close(scales[0], torch.full_like(scales[0], 1.3), rtol=1e-5, atol=0)
+    bound = weight.shape[1] ** 0.5 * weight.abs().amax(1) / 254 / changed.norm(dim=1)
+    assert bool(((scales[1] / scales[0] - 1).abs() <= 1.1 * bound).all())
+    assert float((scales[1] / scales[0] - 1).abs().max()) < 0.01
+    assert not torch.equal(latents(fast, "a red star <lora:dora>"), latents(fast, "a red star"))
 
 
 def test_in_company_each_run_has_its_own_loras(components: Components) -> None:

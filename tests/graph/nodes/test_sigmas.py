@@ -166,3 +166,12 @@ def test_the_actual_sigma_at_the_end_is_the_lowest_trained_one() -> None:
     (sigma,) = nodes.sampling_percent_to_sigma.run(NOWHERE, **inputs)
     levels = json.loads(golden("comfyui/sigmas.json").read_text())["all_model_sigmas_shift3"]
     assert sigma == pytest.approx(levels[0], abs=1e-9)
+
+
+@pytest.mark.parametrize(("steps", "denoise", "timesteps"), [(1, 1.0, [999]), (4, 1.0, [999, 899, 799, 699]),
+    (3, 0.5, [499, 399, 299]), (10, 0.2, [199, 99]), (5, 0.0, [])])  # fmt: skip
+def test_turbo_levels_are_every_hundredth_timestep_shifted(steps: int, denoise: float, timesteps: list[int]) -> None:
+    """Shift 3 takes t to 3t / (1 + 2t)."""
+    expected = [3 * t / 1000 / (1 + 2 * t / 1000) for t in timesteps]
+    sigmas = one(nodes.sd_turbo_scheduler, model=model(3.0), steps=steps, denoise=denoise)
+    assert sigmas == pytest.approx((*expected, 0.0), abs=1e-6)

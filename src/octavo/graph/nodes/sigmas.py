@@ -15,6 +15,7 @@ from octavo.graph.context import Context
 from octavo.graph.nodes.types import ModelLink, Sigmas
 from octavo.graph.spec import BOOLEAN, COMBO, FLOAT, INT, LINK, NodeSpec, node
 from octavo.sampling import SCHEDULES, percent_to_sigma, schedule
+from octavo.sampling.flow import shift_sigma
 from octavo.sampling.schedule import MOST_STEPS, beta_quantiles, lowest
 
 _MODULE = "comfy_extras.nodes_custom_sampler"
@@ -44,6 +45,25 @@ _UNLIKE_0 = 0.0001  # what a flipped schedule starts from, for nothing can be to
 def basic_scheduler(_context: Context, model: ModelLink, scheduler: str, steps: int, denoise: float) -> tuple[Sigmas]:
     """A schedule by name, for the model's shift; see `sampling.schedule`."""
     return (tuple(schedule(scheduler, steps, shift=model.shift, denoise=denoise)),)
+
+
+@node(
+    "SDTurboScheduler",
+    module=_MODULE,
+    category=_SCHEDULERS,
+    description="The levels that SD Turbo was trained at: every hundredth of a thousand timesteps.",
+    inputs={
+        "model": LINK("MODEL"),
+        "steps": INT(1, min=1, max=10),
+        "denoise": FLOAT(1.0, min=0, max=1.0, step=0.01),
+    },
+    outputs=("SIGMAS",),
+)
+def sd_turbo_scheduler(_context: Context, model: ModelLink, steps: int, denoise: float) -> tuple[Sigmas]:
+    """Of timesteps 999, 899 … 99 the first `steps`, from `denoise` on, shifted as the model's are; then 0."""
+    first = 10 - int(10 * denoise)
+    timesteps = range(999, 0, -100)[first : first + steps]
+    return ((*(_float32(shift_sigma(t / 1000, model.shift)) for t in timesteps), 0.0),)
 
 
 @node(
