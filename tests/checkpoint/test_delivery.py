@@ -277,6 +277,10 @@ def test_a_model_has_the_same_weights_however_it_is_read(monkeypatch: pytest.Mon
     monkeypatch.setattr(tensors, "WORTH_MAPPING", 1 << 40)
     states.append(loaded(2))
     assert not mapped[-1]
+    monkeypatch.setattr(tensors, "WORTH_MAPPING", 1 << 10)
+    monkeypatch.setenv("OCTAVO_MAP", "0")
+    states.append(loaded(2))
+    assert not mapped[-1]
     for state in states[1:]:
         assert all(torch.equal(state[name].float(), tensor.float()) for name, tensor in states[0].items())
 

@@ -94,8 +94,9 @@ class TensorFile:
         """The FP8 tensor `name` where it lies in the page cache, nothing being copied; None where that is of no use.
 
         Its memory is the file's own: several processes share it, and the system may drop and read it again. What is
-        written to it stays private. The file must stay as it is while the tensor lives; replacing it by another one,
-        as Octavo's own commands do, is safe.
+        written to it stays private. The file must stay as it is while the tensor lives: one that is cut ends the
+        process. Replacing it by another one, as Octavo's own commands do, is safe. OCTAVO_MAP=0 in the environment has
+        everything read instead.
 
         Only FP8 codes are mapped: they are decoded byte by byte, so that it does not matter where in memory they begin.
 
@@ -104,7 +105,7 @@ class TensorFile:
         """
         entry = self.entries[name]
         dtype = torch_dtype(entry)
-        if dtype not in FORMATS or entry.nbytes < WORTH_MAPPING:
+        if dtype not in FORMATS or entry.nbytes < WORTH_MAPPING or os.environ.get("OCTAVO_MAP") == "0":
             return None
         with _reading(entry.file):
             number = self._open(entry.file).fileno()
