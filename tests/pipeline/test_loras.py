@@ -154,15 +154,15 @@ def test_dora_acts_on_weights_that_were_given_up_as_on_those_of_the_file(tree: P
     tensors = change | {f"{name}.dora_scale": magnitude}
     write_lora(tree / "loras" / "dora.safetensors", mmdit=tensors)
     ((adapter, _),) = exact.stack([Lora("dora")])["mmdit"]
-    found = [adapter.change(name, layer, torch.float32).scale for layer in layers]
+    plain = adapter.change(name, layers[0], torch.float32).scale
     adapter.release()
-    scales = [found[0], adapter.change(name, layers[1], torch.float32).scale]
-    assert scales[0] is not None
-    assert scales[1] is not None
-    torch.testing.assert_close(scales[0], torch.full_like(scales[0], 1.3), rtol=1e-5, atol=0)
+    twin = adapter.change(name, layers[1], torch.float32).scale
+    assert plain is not None
+    assert twin is not None
+    torch.testing.assert_close(plain, torch.full_like(plain, 1.3), rtol=1e-5, atol=0)
     bound = weight.shape[1] ** 0.5 * weight.abs().amax(1) / 254 / changed.norm(dim=1)
-    assert bool(((scales[1] / scales[0] - 1).abs() <= 1.1 * bound).all())
-    assert float((scales[1] / scales[0] - 1).abs().max()) < 0.01
+    assert bool(((twin / plain - 1).abs() <= 1.1 * bound).all())
+    assert float((twin / plain - 1).abs().max()) < 0.01
     assert not torch.equal(latents(fast, "a red star <lora:dora>"), latents(fast, "a red star"))
 
 
