@@ -29,6 +29,7 @@ STEPS: Mapping[str, Step] = {
 }
 NEEDS: tuple[Need, ...] = (OnDevice("cuda"), Capability(7, 5), ComputeDtype(FLOATS), Package("triton"))
 HEAD = 64  # numbers of a head in SD3.5
+TRIAL_NUMBERS = 1 << 25  # of the input of a step that is timed on a GPU
 LONGEST_ROW = 16384  # of a norm: what one program of `kernels.modulate` holds
 
 
@@ -105,6 +106,8 @@ class Judge:
     def _slower(self, step: Step, problem: Problem, backend: Backend | None) -> str | None:
         if self.timings is None or self.kernels is None:
             return None
+        # So much work that the device takes longer for it than Python for its launch, which graphs make vanish.
+        problem = replace(problem, rows=_trial_rows(problem))
         by = "16 bits" if backend is None else backend.name
         twin = None if backend is None else backend.twin
         ours = Backend(name=f"{step}, fused, {by}", run=_fused_trial(step, self.kernels, backend), twin=twin)
@@ -123,6 +126,10 @@ def step_problem(width: int, dtype: torch.dtype, device: torch.device) -> Proble
 
 def _unmet(problem: Problem, needs: tuple[Need, ...]) -> str | None:
     return next((reason for need in needs if (reason := need.unmet(problem)) is not None), None)
+
+
+def _trial_rows(problem: Problem) -> int:
+    return max(problem.rows, TRIAL_NUMBERS // problem.K) if problem.device == "cuda" else problem.rows
 
 
 def _fused_trial(step: Step, kernels: Kernels, backend: Backend | None) -> ScaledMatmul:
