@@ -108,6 +108,27 @@ def moved(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return x.to(like.dtype).pin_memory().to(like.device, non_blocking=True)
 
 
+class Arriving:
+    """A number on its way from a device, which goes on with other work meanwhile.
+
+    Asking a GPU for a number waits for all that it was given to do; this waits for what came before it alone.
+    """
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self._number, self._there = x, None
+        if x.device.type == "cuda":
+            self._number = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self._number.copy_(x, non_blocking=True)
+            self._there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._there.record(torch.cuda.current_stream(x.device))
+
+    def item(self) -> float | int | bool:
+        """The number, once it is there."""
+        if self._there is not None:
+            self._there.synchronize()
+        return self._number.item()
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether this is a device, or the machine, saying that its memory does not suffice."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

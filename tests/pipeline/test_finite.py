@@ -61,6 +61,58 @@ def test_what_only_a_cfg_pp_sampler_reads_is_looked_at_too() -> None:
         denoise_finite(tiny_mmdit(), broken, evaluation=3)
 
 
+def run_of(seed: int = 0) -> Run:
+    x = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return Run(
+        mmdit=tiny_mmdit, track=plain(), sampler=get_sampler("dpmpp_2m"), sigmas=[1, 0.75, 0.5, 0.25, 0], x=x, seed=1
+    )
+
+
+def test_looking_late_changes_no_number() -> None:
+    assert torch.equal(solve(run_of(), lambda _: None, late=True), solve(run_of(), lambda _: None, late=False))
+
+
+@pytest.mark.parametrize("broken", [1, 2, 4])
+def test_what_goes_wrong_is_named_one_evaluation_late(broken: int) -> None:
+    """The evaluation and the layer are those of the first number that was not finite; after the last one, too."""
+    asked: list[int] = []
+    model = tiny_mmdit()
+    layer = model.joint_blocks[1].x_block.mlp.fc1
+
+    def spoil(_module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor | None:
+        return output * torch.inf if len(asked) >= broken else None
+
+    handles = [
+        model.register_forward_pre_hook(lambda *_: asked.append(1)),
+        layer.register_forward_hook(spoil),
+    ]
+    try:
+        with pytest.raises(
+            NumericsError, match=rf"in evaluation {broken}\. The first NaN .* 'joint_blocks.1.x_block.mlp.fc1'"
+        ):
+            solve(run_of(), lambda _: None, late=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert len(asked) == min(broken + 1, 4) + 2  # the next one was under way; then again, and once more, watched
+
+
+def test_a_device_that_makes_mistakes_is_told() -> None:
+    """Not finite once, finite when asked again: the model is not to blame."""
+    asked: list[int] = []
+
+    def once(_module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor | None:
+        asked.append(1)
+        return output * torch.nan if len(asked) == 2 else None
+
+    handle = tiny_mmdit().register_forward_hook(once)
+    try:
+        with pytest.raises(NumericsError, match="evaluation 2, and finite numbers when it was asked again"):
+            solve(run_of(), lambda _: None, late=True)
+    finally:
+        handle.remove()
+
+
 @pytest.mark.parametrize("most_rows", [1, 2, 3, 100])
 def test_a_call_may_have_fewer_rows_than_could_share_it(most_rows: int) -> None:
     questions = [question(seed) for seed in range(3)]

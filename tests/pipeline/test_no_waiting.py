@@ -21,9 +21,11 @@ from octavo.fp8.matmul import PLAIN_W8A8
 from octavo.models import MMDiT, MMDiTConfig
 from octavo.models.adapter import Adapter, LayerChange, LowRank, _Ready
 from octavo.pipeline import control as control_module
+from octavo.pipeline import finite as finite_module
 from octavo.pipeline.conditions import Condition
 from octavo.pipeline.denoise import Question, Track, denoise, make_tables
 from octavo.pipeline.encode import Conditioning
+from octavo.pipeline.finite import Late
 from octavo.pipeline.run import Run, Walk
 from octavo.sampling import SAMPLERS, ClassifierFree, Guidance, SkipLayerGuidance
 from octavo.sampling import noise as noise_module
@@ -133,6 +135,33 @@ def test_no_sampler_waits(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
                 walk.answer(denoise(mmdit, [walk.question])[0])
     assert not found
     assert walk.step.done == walk.step.total > 1
+
+
+def test_soundness_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next step is started before the last one's flag is read, and that is the only number which is."""
+    mmdit, told = model(), list[str]()
+    track = Track.of(prompt(5), prompt(5), Guidance(), 3.0)
+
+    class Flag:
+        def __init__(self, sound: Tensor) -> None:
+            assert sound.shape == ()
+            told.append("begun")
+
+        def item(self) -> bool:
+            told.append("read")
+            return True
+
+    monkeypatch.setattr(finite_module, "Arriving", Flag)
+    with torch.inference_mode():
+        make_tables(mmdit, track, SIGMAS[:-1])
+        checks = Late()
+        checks.ask(mmdit, Question(latents(), 0.9, track), evaluation=1)
+        with crossings(monkeypatch) as found:
+            for number in (2, 3):
+                checks.ask(mmdit, Question(latents(), SIGMAS[number], track), evaluation=number)
+        checks.settle(mmdit)
+    assert not found
+    assert told == ["begun", "begun", "read", "begun", "read", "read"]
 
 
 def test_nothing_waits_in_company(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from octavo.devices import Arriving
 from octavo.errors import NumericsError
 from octavo.fp8 import Choice, Fp8Linear, watch
 from octavo.fp8.matmul import PLAIN_WIDE
@@ -89,6 +90,46 @@ def denoise_finite(mmdit: MMDiT, question: Question, *, evaluation: int, retry_b
         question.track.tables.clear()
         (guided,) = denoise(mmdit, [question])
     return guided
+
+
+class Late:
+    """`denoise_finite` that looks at an answer when the next one is under way, for devices that work by themselves.
+
+    So the host need not wait for a step before it can start the next. What went wrong is told one evaluation late, and
+    an answer cannot be made anew; where that is wanted (`retry_bf16`), this is of no use.
+    """
+
+    def __init__(self) -> None:
+        self._open: tuple[Question, int, Arriving] | None = None
+
+    def ask(self, mmdit: MMDiT, question: Question, *, evaluation: int) -> Guided:
+        """Answer one question, and see that the answer to the one before was finite.
+
+        Raises:
+            NumericsError: as `denoise_finite`.
+        """
+        (guided,) = denoise(mmdit, [question])
+        arriving = Arriving(_sound(guided))
+        self.settle(mmdit)
+        self._open = question, evaluation, arriving
+        return guided
+
+    def settle(self, mmdit: MMDiT) -> None:
+        """See that the last answer was finite.
+
+        Raises:
+            NumericsError: as `denoise_finite`.
+        """
+        last, self._open = self._open, None
+        if last is None:
+            return
+        question, evaluation, arriving = last
+        if not arriving.item():
+            denoise_finite(mmdit, question, evaluation=evaluation)
+            raise NumericsError(
+                f"The model gave NaN or infinity in evaluation {evaluation}, and finite numbers when it was asked "
+                "again: the device makes mistakes. Lower its clocks, or look at its memory."
+            )
 
 
 def _sound(guided: Guided) -> Tensor:

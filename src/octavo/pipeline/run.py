@@ -19,7 +19,7 @@ from octavo.errors import NumericsError, RequestError
 from octavo.fp8 import all_finite
 from octavo.models import MMDiT
 from octavo.pipeline.denoise import Question, Track, make_tables
-from octavo.pipeline.finite import denoise_finite
+from octavo.pipeline.finite import Late, denoise_finite
 from octavo.pipeline.latents import FACTOR
 from octavo.pipeline.sparing import Smaller, nothing_to_give, sparing
 from octavo.pipeline.speed import EXACT, Forecast, Speed
@@ -87,12 +87,14 @@ Raises what `watch` raises, and NumericsError.
 """
 
 
-def solve(run: Run, watch: Watch, *, cache: Tables | None = None) -> Tensor:
+def solve(run: Run, watch: Watch, *, cache: Tables | None = None, late: bool | None = None) -> Tensor:
     """The plain loop: one run alone.
 
     Args:
         watch: called in between evaluations.
         cache: for tables of modulation that outlive the run.
+        late: look at an answer's soundness when the next step is under way, see `finite.Late`; None: on CUDA devices,
+            which work by themselves, unless an answer may have to be made anew.
 
     Returns:
         What the sampler ends in, [B, 16, h, w] like `run.x`.
@@ -105,16 +107,22 @@ def solve(run: Run, watch: Watch, *, cache: Tables | None = None) -> Tensor:
     with torch.inference_mode(), whole_processor():
         height, width = (FACTOR * side for side in run.x.shape[-2:])
         what = f"a picture of {width}x{height} pixels"
+        wanted = run.x.device.type == "cuda" if late is None else late
+        checks = Late() if wanted and not run.retry_bf16 else None
         walk = sparing(lambda: Walk(run, cache=cache), run.smaller, what)
         watch(walk.step)
         while (question := walk.question) is not None:
-            ask = partial(_ask, run, question, walk.step.done + 1)
+            ask = partial(_ask, run, question, walk.step.done + 1, checks)
             walk.answer(sparing(ask, run.smaller, what))
             watch(walk.step)
+        if checks is not None:
+            checks.settle(run.mmdit())
         return walk.result
 
 
-def _ask(run: Run, question: Question, evaluation: int) -> Guided:
+def _ask(run: Run, question: Question, evaluation: int, checks: Late | None) -> Guided:
+    if checks is not None:
+        return checks.ask(run.mmdit(), question, evaluation=evaluation)
     return denoise_finite(run.mmdit(), question, evaluation=evaluation, retry_bf16=run.retry_bf16)
 
 
