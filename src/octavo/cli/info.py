@@ -52,7 +52,26 @@ def info(
         return
     from rich.console import Console, Group
 
-    Console().print(Group(*_page(description)), highlight=False)
+    here = _placed_here(str(path) if path.exists() else model, models_dir) if description.preset else []
+    Console().print(Group(*_page(description), *here), highlight=False)
+
+
+def _placed_here(model: str, models_dir: str | None) -> list[RenderableType]:
+    """Where the model's parts would be on this machine's GPU, if it has one."""
+    from rich.text import Text
+
+    from octavo.devices import pick_device
+    from octavo.errors import OctavoError
+
+    if pick_device().type != "cuda":
+        return []
+    from octavo.pipeline.assemble import load
+
+    try:
+        components = load(model, models_dir=models_dir)
+    except OctavoError as error:  # of a file alone, without encoders, there is no more to tell
+        return [Text(f"Memory here: no plan, for the model is not complete. {error}")]
+    return [Text(f"Memory here: {components.placing}")]
 
 
 def _tell_device(name: str, dtype: str | None, measure: bool, as_json: bool) -> None:
