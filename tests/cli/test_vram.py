@@ -15,6 +15,7 @@ COMMANDS = {
     "generate": ("a star",),
     "run": ("examples/workflows/txt2img.json",),
     "refine": ("picture.png", "a star", "--region", "0,0,64,64"),
+    "serve": ("--port", "0"),
     "evaluate": ("embedded", "--report", "out"),
 }
 

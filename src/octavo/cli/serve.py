@@ -179,6 +179,7 @@ def serve(
 def _start(settings: "Settings", console: "Console") -> None:
     """Check all that can be checked at once, tell the addresses, and serve."""
     check_model(settings)
+    memory.allowed(settings.loading.get("vram"), settings.loading.get("device"))
     from octavo.server import logs
     from octavo.server.keys import Keys
     from octavo.server.run import Server, address_of, bind, run

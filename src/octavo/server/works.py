@@ -1,12 +1,11 @@
 """All of a server that needs torch, put together. Imported in the background, see `state`."""
 
-from octavo.devices import keep_freed_memory, pick_device
+from octavo.devices import keep_freed_memory
 from octavo.engine.batch import Batcher
 from octavo.engine.drawing import drawing
 from octavo.engine.metrics import fp8_layers
 from octavo.graph.nodes import NODES
 from octavo.graph.runner import Workshop, graph_runner
-from octavo.pipeline.placing import check_vram
 from octavo.pipeline.shelf import LoadSettings, Shelf
 from octavo.pipeline.speed import speed_called
 from octavo.server.state import State, Works
@@ -20,8 +19,6 @@ def load(state: State) -> Works:
     """
     settings, metrics = state.settings, state.metrics
     loading = {**settings.loading, "text_encoders": tuple(settings.loading.get("text_encoders", ()))}
-    if (vram := settings.loading.get("vram")) is not None:
-        check_vram(vram, pick_device(settings.loading.get("device")))
     shelf = Shelf(LoadSettings(models_dir=settings.models_dir, **loading))
     components = shelf.components(settings.model)
     if shelf.device.type == "cpu":
