@@ -58,7 +58,7 @@ def suites(*names: str) -> tuple[str, ...]:
 def sections() -> Iterator[Section]:
     """On a GPU, the most valuable first."""
     checks = (sys.executable, "-m", "benchmarks.gpu_checks", "--out", "{out}", "--seconds", "{seconds}")
-    yield Section("checks", (*checks, "--model", "large"), 75)
+    yield Section("checks", (*checks, "--model", "large"), 100)  # compiles kernels, and times ways to multiply
     yield Section("step_large", bench(*suites("step"), model="large"), 60)
     yield Section("picture_large", bench(*suites("picture"), "--repeats", "3", model="large"), 60)
     yield Section("tests", tests(*GPU_TESTS), 60)
@@ -190,10 +190,14 @@ def main() -> None:
     import torch
 
     from octavo.devices import device_name, pick_device
+    from octavo.errors import RequestError
     from octavo.evaluate.bench_results import FORM, versions
     from octavo.evaluate.machine import describe_machine
 
-    device = torch.device("cpu") if options.cpu_rehearsal else pick_device("cuda")
+    try:
+        device = torch.device("cpu") if options.cpu_rehearsal else pick_device("cuda")
+    except RequestError as error:
+        sys.exit(f"{error} --cpu-rehearsal runs the set with tiny shapes on the CPU.")
     every = rehearsal() if options.cpu_rehearsal else sections()
     chosen = [each for each in every if options.only is None or each.name in options.only]
     head: dict[str, Any] = {

@@ -1,7 +1,9 @@
 """Bytes that several threads bring into place are those of the file, whatever the order in which they arrive."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from octavo.checkpoint import delivery, tensors
 from octavo.checkpoint.delivery import (
+    CudaCourier,
     Delivery,
     DeviceLane,
     HostLane,
@@ -290,3 +293,53 @@ def test_one_thread_for_torch_means_one_reader() -> None:
     assert readers_for(torch.device("cpu")) == 1
     assert Delivery("cpu")._pool is None
     assert readers_for(torch.device("cuda")) >= 1
+
+
+class FakeCuda:
+    """So much of torch.cuda as a courier touches, writing down what it is asked."""
+
+    log: ClassVar[list[str]] = []
+
+    class Event:
+        def record(self, stream: object = None) -> None:
+            FakeCuda.log.append("mark" if stream is None else "sent")
+
+        def synchronize(self) -> None:
+            FakeCuda.log.append("wait")
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def wait_event(self, _event: object) -> None:
+            FakeCuda.log.append("after mark")
+
+        def wait_stream(self, _stream: object) -> None:
+            FakeCuda.log.append("join")
+
+    @staticmethod
+    def stream(_stream: object) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    @classmethod
+    def current_stream(cls, device: torch.device) -> "FakeCuda.Stream":
+        return cls.Stream(device)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_cuda_is_asked_in_the_right_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy begins after the caller's mark and ends with its own; the caller's stream joins before the end."""
+    value = torch.arange(600, dtype=torch.float32)
+    path = written(tmp_path, a=value)
+    monkeypatch.setattr(torch, "cuda", FakeCuda)
+    monkeypatch.setattr(CudaCourier, "buffer", lambda _self, nbytes: torch.empty(nbytes, dtype=torch.uint8))
+    FakeCuda.log.clear()
+    place = torch.zeros(600)
+    cpu = torch.device("cpu")
+    with open_tensors(path) as file, Delivery("cpu", readers=1, lane=lambda: DeviceLane(CudaCourier(cpu))) as under_way:
+        monkeypatch.setattr(under_way, "_cuda", True)
+        file.deliver(under_way, "a", place)
+        assert FakeCuda.log == ["mark", *["after mark", "sent"] * 2, "wait", "after mark", "sent"]
+        under_way.finish()
+    assert FakeCuda.log[-4:] == ["join", "join", "wait", "wait"]
+    assert torch.equal(place, value)

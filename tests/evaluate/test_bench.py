@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import octavo
 from octavo.cli import main as cli
-from octavo.errors import RequestError
-from octavo.evaluate import bench
+from octavo.errors import OctavoError, RequestError
+from octavo.evaluate import bench, bench_cold, bench_models
 from octavo.evaluate.bench import Options
 from octavo.evaluate.bench_ceilings import Ceilings, measure_ceilings
 from octavo.evaluate.bench_costs import Work, counted, decode_work, modulation_work, step_work
@@ -20,7 +21,7 @@ from octavo.evaluate.bench_plot import bar_chart, human
 from octavo.evaluate.bench_results import Results, read_log
 from octavo.evaluate.bench_timing import Deadline, Timing, interleave
 from octavo.fp8 import Fp8Linear
-from octavo.models import MMDiT, MMDiTConfig
+from octavo.models import ClipConfig, MMDiT, MMDiTConfig, T5Config
 from octavo.models.vae import VAEConfig
 from octavo.pipeline.components import Arithmetic, Part
 
@@ -279,3 +280,36 @@ def test_diffusers_transformer_has_as_many_weights_as_ours() -> None:
         tensor.numel() for tensor in ours.state_dict().values()
     )
     assert {tensor.dtype for tensor in theirs.state_dict().values()} == {torch.bfloat16}
+
+
+def test_a_random_file_of_all_parts_draws_a_picture_in_a_fresh_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the cold suite has it, but small."""
+    clip = {"width": 64, "layers": 1, "heads": 1, "mlp_width": 64}
+    mmdit = MMDiTConfig(depth=2, width=128, heads=2, context_width=128, pooled_width=128, pos_embed_size=16)
+    monkeypatch.setitem(bench_models.RELEASED, "medium", lambda: mmdit)  # type: ignore[arg-type]
+    beside = {
+        "clip_l": ClipConfig(activation="quick_gelu", **clip),
+        "clip_g": ClipConfig(activation="gelu", projection=64, **clip),
+        "t5": T5Config(width=128, layers=1, heads=2, head_width=64, mlp_width=64, vocab_size=32128),
+        "vae": VAEConfig(channels=(16, 16, 16, 16), layers_per_block=1, groups=4),
+    }
+    monkeypatch.setattr(bench_models, "BESIDE", {kind: (lambda it=it: it) for kind, it in beside.items()})
+    path = tmp_path / "random.safetensors"
+    bench_models.write_random("medium", path)
+    components = octavo.load(path, device="cpu")
+    assert components.mmdit.config == mmdit
+    assert components.mmdit.fp8_linears == components.mmdit.linears - 1
+    results = Results(CPU)
+    settings = {"model": str(path), "steps": 2, "width": 64, "height": 64, "device": "cpu", "dtype": "float32"}
+    bench_cold.bench_cold(settings, "cold.small", results, repeats=1, deadline=Deadline())
+    lines = {line["name"].removeprefix("cold.small."): line["median"] for line in results.lines}
+    assert list(lines) == [*bench_cold.STAGES, "whole"]
+    assert lines["whole"] == pytest.approx(sum(lines[stage] for stage in bench_cold.STAGES), rel=1e-3)
+    assert 0.2 < lines["import"] < lines["whole"]  # torch
+    monkeypatch.setattr(sys, "executable", "false")
+    with pytest.raises(OctavoError, match="process that draws the first picture failed"):
+        bench_cold.bench_cold(settings, "x", results, repeats=1, deadline=Deadline())
+    # The same shapes without a file.
+    assert open_model(Wanted(model="medium", device=CPU, dtype=torch.float32)).mmdit().config == mmdit

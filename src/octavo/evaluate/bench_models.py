@@ -41,6 +41,11 @@ TILE = 1 << 22  # numbers drawn; an odd width shifts them from row to row
 EMBEDDED = "embedded"
 RELEASED: Mapping[str, Callable[[], MMDiTConfig]] = {"large": MMDiTConfig.large, "medium": MMDiTConfig.medium}
 
+# What belongs to each of them.
+BESIDE: Mapping[Kind, Callable[[], Any]] = {
+    "clip_l": ClipConfig.clip_l, "clip_g": ClipConfig.clip_g, "t5": T5Config.xxl, "vae": VAEConfig,
+}  # fmt: skip
+
 
 class RandomFile(TensorFile):
     """Tensors in bfloat16 by name and shape, whose numbers are made in the place that they are read into."""
@@ -163,12 +168,9 @@ def _random(wanted: Wanted) -> Components:
     arithmetic = Arithmetic(mode=mode, force=E4M3FN if wanted.fp8 else None, running=running)
     make = partial(_part, wanted=wanted)
     mmdit = make("mmdit", RELEASED[wanted.model](), arithmetic)
-    encoders = {
-        "clip_l": make("clip_l", ClipConfig.clip_l(), arithmetic),
-        "clip_g": make("clip_g", ClipConfig.clip_g(), arithmetic),
-        "t5": make("t5", T5Config.xxl(), arithmetic),
-    }
-    vae = make("vae", VAEConfig(), Arithmetic())
+    encoders: dict[Kind, Part[nn.Module]] = {}
+    encoders |= {kind: make(kind, beside(), arithmetic) for kind, beside in BESIDE.items() if kind != "vae"}
+    vae = make("vae", BESIDE["vae"](), Arithmetic())
     config = cast(MMDiTConfig, mmdit.config)
     # Guidance as of the model's card; skip-layer guidance, which takes a third pass, is left to `--model NAME`.
     preset = replace(preset_for(config, RandomFile(mmdit.path.name, {})), skip_layer_guidance=None)
@@ -178,7 +180,7 @@ def _random(wanted: Wanted) -> Components:
         vae=cast("Part[VAE]", vae),
         encoders=list(encoders.values()),
         text=text_encoders_of(
-            cast("Mapping[Kind, Part[nn.Module]]", encoders),
+            encoders,
             Folders.standard(None),
             context_width=config.context_width,
             pooled_width=config.pooled_width,
@@ -211,10 +213,7 @@ def write_random(model: str, path: Path) -> None:
     Raises:
         CheckpointError: the disk has no room for it.
     """
-    parts: Mapping[Kind, Any] = {
-        "mmdit": RELEASED[model](), "clip_l": ClipConfig.clip_l(), "clip_g": ClipConfig.clip_g(),
-        "t5": T5Config.xxl(), "vae": VAEConfig(),
-    }  # fmt: skip
+    parts: Mapping[Kind, Any] = {"mmdit": RELEASED[model](), **{kind: make() for kind, make in BESIDE.items()}}
     layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]()
     for kind, config in parts.items():
         with torch.device("meta"):
