@@ -8,6 +8,7 @@ import os
 import socket
 import stat
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
-from octavo.errors import RequestError
+from octavo.checkpoint.folders import EMBEDDED
+from octavo.engine.events import Task
+from octavo.errors import CorruptFileError, RequestError
 from octavo.server.keys import Keys, add_key, read_keys, remove_key
 from octavo.server.links import LIFETIME, Links
+from octavo.server.places import Places
 from octavo.server.security import jail
+from octavo.server.state import State, Works
 from tests.goldens import golden
-from tests.server.conftest import Live, MakeServer, listening, settings_in
+from tests.server.conftest import Live, MakeServer, fake_load, listening, settings_in, until
 
 KEY = "a-key-of-enough-letters"
 
@@ -338,3 +343,56 @@ def test_no_key_is_in_the_log(locked: TestClient, lines: list[logging.LogRecord]
     assert "/queue" in text
     for secret in (KEY, made, "wrong-key-of-somebody", basic("anyone", KEY)["Authorization"][6:]):
         assert secret not in text
+
+
+# Where files lie
+
+
+def test_clients_are_told_names_and_not_where_files_lie(make_server: MakeServer, tmp_path: Path) -> None:
+    """A damaged model, asked for through each API, before and after it is accepted."""
+    models = tmp_path / "secret-place" / "models"
+    (models / "checkpoints").mkdir(parents=True)
+    (models / "checkpoints" / "broken.safetensors").write_bytes(b"no header")
+
+    def fail(_task: Task) -> Mapping[str, object]:
+        raise CorruptFileError(
+            f"'{models / 'checkpoints' / 'late.safetensors'}' is cut off, '{models}' and '{EMBEDDED}'."
+        )
+
+    def load(state: State) -> Works:
+        return replace(fake_load(state), runners={"generate": fail, "graph": fail})
+
+    server = make_server(load=load, models_dir=models)
+    answers = [
+        server.post("/octavo/jobs", json={"prompt": "a star", "model": "broken"}),
+        server.post("/v1/images/generations", json={"prompt": "a star", "model": "broken"}),
+        server.post("/sdapi/v1/txt2img", json={"prompt": "a", "override_settings": {"sd_model_checkpoint": "broken"}}),
+        server.post("/v1/images/generations", json={"prompt": "a star"}),
+        server.post("/sdapi/v1/txt2img", json={"prompt": "a star"}),
+    ]
+    id = server.post("/octavo/jobs", json={"prompt": "a star"}).json()["id"]
+    until(lambda: server.get(f"/octavo/jobs/{id}").json()["over"], "the job ends")
+    answers.append(server.get(f"/octavo/jobs/{id}"))
+    for answer in answers:
+        assert "secret-place" not in answer.text
+        assert str(EMBEDDED) not in answer.text
+    assert [answer.status_code for answer in answers[3:]] == [422, 422, 200]
+    for answer in answers[3:]:
+        assert "'models/checkpoints/late.safetensors' is cut off, 'models' and 'models'." in answer.text
+
+
+def test_paths_are_cut_by_the_longest_folder_that_is_known(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path, models_dir=tmp_path / "m", model=str(tmp_path / "else" / "mine.safetensors"))
+    places = Places(settings)
+    paths = {
+        tmp_path / "m" / "loras" / "a.safetensors": "models/loras/a.safetensors",
+        settings.uploads / "b.png": "b.png",
+        settings.inputs / "c.png": "input/c.png",
+        settings.output_dir / "d.png": "output/d.png",
+        settings.data_dir / "keys.json": "data/keys.json",
+        tmp_path / "else" / "mine.safetensors": "mine.safetensors",
+    }
+    for path, called in paths.items():
+        assert places.hidden(f"'{path}': no") == f"'{called}': no"
+    nested = places.within({"a": [f"{path}" for path in paths], "b": 3})
+    assert nested == {"a": list(paths.values()), "b": 3}

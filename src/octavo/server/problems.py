@@ -109,9 +109,8 @@ def install(app: FastAPI) -> None:
     async def ours(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, OctavoError)
         status, kind = status_of(error)
-        return answer(
-            request.scope, status, kind, str(error), param=getattr(error, "param", None), headers=headers_of(error)
-        )
+        text = request.app.state.octavo.places.hidden(str(error))
+        return answer(request.scope, status, kind, text, param=getattr(error, "param", None), headers=headers_of(error))
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)

@@ -11,12 +11,13 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends
 from starlette.requests import HTTPConnection
 
+from octavo.engine.events import Event
 from octavo.engine.metrics import Metrics
 from octavo.engine.queue import Queue
 from octavo.engine.service import Service
@@ -25,6 +26,7 @@ from octavo.server.hub import Hub
 from octavo.server.keys import Keys
 from octavo.server.links import Links
 from octavo.server.pictures import forget_uploads
+from octavo.server.places import Places
 from octavo.server.problems import Refused
 from octavo.server.settings import Settings
 
@@ -75,6 +77,7 @@ class State:
         leaving: set when the server begins to stop.
         a1111: options that A1111's clients have set, by caller.
         links: addresses of pictures that open without a key.
+        places: cuts the paths of this machine out of what clients are told.
     """
 
     def __init__(self, settings: Settings, *, load: Load | None = None) -> None:
@@ -95,7 +98,8 @@ class State:
             workers=settings.workers,
             metrics=self.metrics,
         )
-        self.service.subscribe(self.events.publish)
+        self.places = Places(settings)
+        self.service.subscribe(self._publish)
         self.a1111: dict[str, dict[str, Any]] = {}
         self.links = Links()
         self.viewers: list[Callable[[str], bool]] = []
@@ -253,9 +257,21 @@ class State:
 
     def _runner(self, kind: str) -> "Runner":
         def run(task: "Task") -> Mapping[str, Any]:
-            return self.works.runners[kind](task)
+            try:
+                return self.works.runners[kind](task)
+            except OctavoError as error:
+                # What is stored of it is for the client; the log has all of it.
+                logger.info("Request %s: %s", task.job.id, error, extra={"job": task.job.id})
+                self.places.clean(error)
+                raise
 
         return run
+
+    def _publish(self, event: Event) -> None:
+        """Hand an event on; a failed node's text names files, too."""
+        if event.type == "execution_error":
+            event = replace(event, data=self.places.within(event.data))
+        self.events.publish(event)
 
 
 def _make_folders(settings: Settings) -> None:

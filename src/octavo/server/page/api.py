@@ -311,7 +311,7 @@ async def _told(state: State, event: Event) -> str | None:
 
 def _state_of(state: State) -> dict[str, Any]:
     headline = state.shelf.components(state.settings.model).headline if state.is_ready else ""
-    problem = None if state.problem is None else str(state.problem)
+    problem = None if state.problem is None else state.places.hidden(str(state.problem))
     return {"ready": state.is_ready, "stage": state.stage, "headline": headline, "problem": problem}
 
 
