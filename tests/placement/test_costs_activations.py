@@ -18,6 +18,7 @@ from octavo.models import (
     VAEConfig,
 )
 from octavo.models import attention as attention_module
+from octavo.models.rows import decode_bytes
 from octavo.placement import activations
 from octavo.placement.work import Work
 from tests.placement.live import peak_of
@@ -135,6 +136,13 @@ def test_decoding_never_holds_more_than_the_bound(size: tuple[int, int]) -> None
     peak = peak_of(lambda: vae.decode(z).float().clamp(-1, 1))
     bound = activations.vae_decode(shape, work, itemsize=4)
     assert 0.6 * bound < peak <= bound
+
+
+def test_large_pictures_take_the_bytes_of_decoding_by_rows() -> None:
+    """Three maps of 128 channels in 16 bits, half of what a whole decoding takes, and the rows that are worked on."""
+    rows = decode_bytes(VAEConfig(), 1024, 1024, torch.bfloat16, torch.device("cuda"))
+    assert activations.vae_decode(VAEConfig(), Work(), itemsize=2) == rows + 2 * 3 * 4 * 1024**2
+    assert 3 * 128 * 2 * 1024**2 <= rows < 6 * 128 * 2 * 1024**2
 
 
 def test_decoding_in_tiles_never_holds_more_than_the_bound() -> None:

@@ -7,9 +7,12 @@ themselves meanwhile is `WORKSPACE`.
 b rows, n image tokens, t text tokens, D width; sizes in numbers unless they are said to be bytes.
 """
 
+import torch
+
 from octavo.models.clip import ClipConfig
 from octavo.models.controlnet import ControlNetConfig
 from octavo.models.mmdit import MMDiTConfig
+from octavo.models.rows import by_rows, decode_bytes
 from octavo.models.t5 import T5Config
 from octavo.models.vae import VAEConfig
 from octavo.placement.work import Work
@@ -22,9 +25,9 @@ def mmdit_step(config: MMDiTConfig, work: Work, *, itemsize: int, fp8: bool) -> 
 
     The widest place is one of three. The second layer of the image's MLP: the tokens before the block, after its
     attention and what this layer makes of them (3 D), what they attended to (D, once more for a second attention), the
-    branch that was added (D), the hidden tokens before and after GELU (2 · 4 D). The same layer of the text, where there
-    is more text than image. Attention: what enters the block (D), what the layer of queries, keys and values gave, those
-    with their heads (2 · 3 D), and what they attend to, by head and joined again (2 D).
+    branch that was added (D), the hidden tokens before and after GELU (2 · 4 D). The same layer of the text, where
+    there is more text than image. Attention: what enters the block (D), what the layer of queries, keys and values
+    gave, those with their heads (2 · 3 D), and what they attend to, by head and joined again (2 D).
 
     Args:
         fp8: whether inputs of linear layers are rounded to FP8, which takes a copy of a byte a number.
@@ -85,21 +88,25 @@ def encoder(config: ClipConfig | T5Config, work: Work, *, itemsize: int) -> int:
 def vae_decode(config: VAEConfig, work: Work, *, itemsize: int, tile: int | None = None) -> int:
     """Bytes of decoding one picture, the picture in float32 included.
 
-    The widest place is the first norm of the level nearest the pixels: its input of twice the channels, normalised,
-    and through SiLU.
+    Large pictures go through the VAE by rows, see `models.rows`. Of small ones the widest place is the first norm of
+    the level nearest the pixels: its input of twice the channels, normalised, and through SiLU.
 
     Args:
         tile: side in latent pixels; None for the whole.
     """
-    height, width = work.latents
-    pixels = height * width * config.factor**2
-    if tile is not None and tile < max(height, width):
-        inside = min(tile, height) * min(tile, width) * config.factor**2
+    height, width = (config.factor * side for side in work.latents)
+    side = None if tile is None else config.factor * tile
+    if side is not None and side < max(height, width):
+        rows, columns = min(side, height), min(side, width)
         # The picture and the weights of its blend, and a tile's pixels a few times over, in float32.
-        return _decode(config, inside, itemsize) + 4 * (2 * 3 + 1) * pixels + 4 * 12 * inside
-    return _decode(config, pixels, itemsize) + 2 * 4 * 3 * pixels
+        return _decode(config, rows, columns, itemsize) + 4 * (2 * 3 + 1) * height * width + 4 * 12 * rows * columns
+    return _decode(config, height, width, itemsize) + 2 * 4 * 3 * height * width
 
 
-def _decode(config: VAEConfig, pixels: int, itemsize: int) -> int:
+def _decode(config: VAEConfig, height: int, width: int, itemsize: int) -> int:
+    """Of so many pixels at once."""
+    if by_rows(config, height, width):
+        dtype = torch.bfloat16 if itemsize == 2 else torch.float32
+        return decode_bytes(config, height, width, dtype, torch.device("cuda"))
     widest = max(config.channels[0], config.channels[min(1, len(config.channels) - 1)])
-    return 3 * widest * pixels * itemsize
+    return 3 * widest * height * width * itemsize
