@@ -24,9 +24,10 @@ from octavo.pipeline.components import Components
 from octavo.pipeline.control_request import ControlImage
 from octavo.pipeline.denoise import Question, Track, denoise, make_tables
 from octavo.pipeline.encode import Conditioning
-from octavo.pipeline.generate import generate_each
+from octavo.pipeline.generate import Progress, generate_each
 from octavo.pipeline.placing import Budget, budget_of, check_vram
 from octavo.pipeline.shelf import LoadSettings, Shelf
+from octavo.placement.movers import PlainMover
 from octavo.placement.placed import placed_on
 from octavo.placement.plan import make_plan
 from octavo.placement.shapes import Shapes
@@ -119,6 +120,50 @@ def test_what_leaves_is_away_and_comes_back_when_it_is_called() -> None:
     assert on_device is not None
     pixels(components)
     assert not on_device.slots  # given back for the VAE's work
+
+
+class Counting(PlainMover):
+    """Counts the bytes of buffers that are on the "device", of all parts together."""
+
+    alive: list["weakref.ref[Tensor]"]
+    peak: int
+
+    def buffer(self, nbytes: int) -> Tensor:
+        made = super().buffer(nbytes)
+        Counting.alive.append(weakref.ref(made))
+        there = (buffer() for buffer in Counting.alive)
+        Counting.peak = max(Counting.peak, sum(buffer.nbytes for buffer in there if buffer is not None))
+        return made
+
+
+def test_no_stage_has_more_weights_on_the_device_than_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("octavo.pipeline.components.mover_for", lambda _: Counting())
+    for budget in budgets()[1:]:
+        components = placed(budget)
+        assert components.placing is not None
+        stages = components.placing.plan.stages
+        if not components.placing.plan.modulation_streamed:
+            continue  # the MMDiT is whole, and not of buffers
+        Counting.alive, Counting.peak = [], 0
+        peaks: dict[str, int] = {}
+        stage = "encode"
+
+        def watch(progress: Progress) -> None:
+            nonlocal stage
+            if progress.stage != stage:
+                peaks[stage], stage = Counting.peak, progress.stage  # noqa: B023  # called within the turn
+                Counting.peak = 0
+
+        generate(components, REQUEST, watch=watch)
+        peaks[stage] = Counting.peak
+        for name, peak in peaks.items():
+            # What is made before the first step, modulation among it, comes before the word that steps begin.
+            told = [stages[each] for each in {"encode": ("encode", "modulation")}.get(name, (name,))]
+            most = max(each.weights + each.buffers for each in told)
+            # Tensors begin at multiples of 256 bytes.
+            assert peak <= most + 10**5, (name, str(components.placing))
+        # And they are there: of what the plan counts most is seen.
+        assert max(peaks.values()) > 0.7 * max(each.weights + each.buffers for each in stages.values())
 
 
 def test_a_controlnet_follows_the_plan_as_the_model_does(tmp_path: Path) -> None:
