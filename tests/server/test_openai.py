@@ -270,3 +270,20 @@ def test_controls_and_loras_that_make_no_sense_are_refused(
     answer = server.post("/v1/images/generations", json={"prompt": "a star", **wrong})
     assert answer.status_code == 400, answer.text
     assert word in answer.json()["error"]["message"] or word in (answer.json()["error"]["param"] or "")
+
+
+def test_a_key_stands_for_what_the_client_said_and_not_for_what_was_filled_in(tmp_path: Path) -> None:
+    """The same request after a restart with other defaults is the same; another one is not."""
+    asked = [
+        ("/v1/images/generations", {"prompt": "a star"}),
+        ("/sdapi/v1/txt2img", {"prompt": "a star", "seed": 3}),
+        ("/octavo/jobs", {"prompt": "a star"}),
+    ]
+    for i, (path, body) in enumerate(asked):
+        keyed = {"Idempotency-Key": f"mine-{i}"}
+        for speed in ("exact", "fast"):
+            with listening(settings_in(tmp_path, speed=speed)) as live:
+                answer = httpx.post(f"{live.url}{path}", json=body, headers=keyed)
+                assert answer.status_code in (200, 201), answer.text
+                other = httpx.post(f"{live.url}{path}", json={**body, "prompt": "a heart"}, headers=keyed)
+                assert other.status_code == 409

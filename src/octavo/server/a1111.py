@@ -76,7 +76,8 @@ async def _draw(
     asked = pictures.request_of(wishes, state.settings, preset)
     await pictures.check_loras(state, asked)
     form = "jpeg" if options["samples_format"] == "jpg" else options["samples_format"]
-    job = await jobs.submit(request, state, "generate", pictures.payload_of(asked, model, form), api="a1111")
+    payload, said = pictures.payload_of(asked, model, form), jobs.fingerprint_of(body)
+    job = await jobs.submit(request, state, "generate", payload, api="a1111", fingerprint=said)
     if not body.override_settings_restore_afterwards:
         a1111_lists.set_options(state, caller, options)
     try:

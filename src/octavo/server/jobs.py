@@ -5,6 +5,8 @@ Two headers are common to all APIs: `Idempotency-Key` (the same request sent twi
 """
 
 import asyncio
+import hashlib
+import json
 import logging
 import re
 import time
@@ -12,6 +14,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Literal
 
+from pydantic import BaseModel
 from starlette.requests import HTTPConnection, Request
 
 from octavo import errors
@@ -126,7 +129,7 @@ async def submit(
         api: which door it came through.
         id: to give it; a new one if None.
         previews: whether its events are wanted with previews.
-        more: for `Service.submit`, such as `front`.
+        more: for `Service.submit`, such as `front` or `fingerprint`.
 
     Raises:
         QueueFullError: too many wait.
@@ -166,6 +169,19 @@ async def submit(
         state.events.drop(id, with_follower)
         state.events.add(stored.id, with_follower)
     return Accepted(state, stored, with_follower, keep=key is not None)
+
+
+def fingerprint_of(body: BaseModel, *pictures: str | None) -> str:
+    """What must be the same in two requests under one idempotency key: all that the client said.
+
+    Nothing that the server fills in counts, such as settings that suit the model: it may have another version, or other
+    defaults, when the request comes again.
+
+    Args:
+        pictures: names of uploads, which are hashes of what is in them.
+    """
+    said = [type(body).__name__, body.model_dump(mode="json", exclude_unset=True), *pictures]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def idempotency_key(connection: HTTPConnection) -> str | None:

@@ -158,7 +158,8 @@ async def _ordered(
     await check_controls(state, model, asked)
     payload = pictures.payload_of(asked, model, body.form)
     previews = bool(body.stream and body.partial_images)
-    job = await jobs.submit(request, state, "generate", payload, api="openai", previews=previews)
+    said = jobs.fingerprint_of(body, wishes.get("image"), wishes.get("mask"))
+    job = await jobs.submit(request, state, "generate", payload, api="openai", previews=previews, fingerprint=said)
     return Order(body, job, prepared)
 
 

@@ -5,7 +5,6 @@ A caller sees its own jobs only: those sent with the same key.
 
 import asyncio
 import base64
-import hashlib
 import json
 import uuid
 from collections.abc import AsyncIterator
@@ -189,8 +188,7 @@ async def _submitted(state: State, request: Request, wish: BaseModel, payload: d
         priority=caller.priority,
         deadline=jobs.deadline_of(request, state.settings.job_timeout),
         idempotency_key=jobs.idempotency_key(request),
-        # The seed may have been drawn just now; the wish is what must be the same.
-        fingerprint=hashlib.sha256(wish.model_dump_json().encode()).hexdigest(),
+        fingerprint=jobs.fingerprint_of(wish),
         api="octavo",
     )
     return await asyncio.to_thread(job_view, state, stored)
