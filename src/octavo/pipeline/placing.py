@@ -9,7 +9,7 @@
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SMALL = Work(width=256, height=256, rows=1, tokens=77, prompts=1)
+NUMBERS = ("width", "height", "steps", "rows", "tokens", "prompts")  # of a `Work`
 
 
 class Placing:
@@ -54,10 +55,12 @@ class Placing:
         self._shapes = Shapes.of({kind: part.skeleton for kind, part in self._parts.items()}, parts[0].dtype)
         for part in self._parts.values():
             part.when_arriving = self._arriving
+        usual = work or Work()
         try:
-            self.plan = self._planned(work or Work())
+            self.plan = self._planned(usual)
         except PlacementError:
-            self.plan = self._planned(SMALL)  # it may do for smaller pictures than usual: each job is asked for its own
+            # It may do for smaller pictures than usual: each job is asked for its own.
+            self.plan = self._planned(_each(min, usual, SMALL))
         self._follow(self.plan)
 
     def fit(self, work: Work, nets: "Sequence[Part[ControlNet]]" = ()) -> None:
@@ -74,8 +77,7 @@ class Placing:
         for net in new:
             self._nets[id(net)] = net
             net.when_arriving = self._arriving
-        names = ("width", "height", "steps", "rows", "tokens", "prompts")
-        larger = Work(**{name: max(getattr(work, name), getattr(self.plan.work, name)) for name in names})
+        larger = _each(max, work, self.plan.work)
         if new:
             self._shapes = self._with_nets()
         if new or larger != self.plan.work:
@@ -185,6 +187,10 @@ class Placing:
     def _shape_of(self, net: "Part[ControlNet]") -> PartShape:
         both = {"mmdit": self._parts["mmdit"].skeleton, "controlnet": net.skeleton}
         return Shapes.of(both, net.dtype).parts["controlnet"]
+
+
+def _each(choose: Callable[[int, int], int], one: Work, other: Work) -> Work:
+    return Work(**{name: choose(getattr(one, name), getattr(other, name)) for name in NUMBERS})
 
 
 def leave_others(part: "Part[Any]", others: "Iterable[Part[Any]]") -> None:
