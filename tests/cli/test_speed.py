@@ -23,7 +23,9 @@ __all__ = ["run", "run_workflow", "tree"]  # fixtures
 
 
 def test_a_picture_says_its_speed_and_is_repeated_at_it(run: Command) -> None:
-    assert run("a red star", "--seed", "1", "--steps", "12", "--speed", "fast", "-o", "one.png")[0] == 0
+    code, _, err = run("a red star", "--seed", "1", "--steps", "12", "--speed", "fast", "-o", "one.png")
+    assert code == 0
+    assert "of 12 evaluations were forecast" in err
     assert read_settings(Path("one.png"))["speed"] == "fast"
     assert run("--from", "one.png", "--steps", "12", "-o", "two.png")[0] == 0
     with Image.open("one.png") as one, Image.open("two.png") as two:

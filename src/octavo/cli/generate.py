@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from octavo.cli import arithmetic, memory
+from octavo.cli import threads as threading
 from octavo.cli.log import show_log
 from octavo.errors import RequestError
 
@@ -144,6 +145,7 @@ def generate(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16; what suits the device if unsaid.")
     ] = None,
+    threads: threading.Threads = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the paths.")] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Tell how each part of the model multiplies, and why.")
@@ -216,6 +218,7 @@ def generate(
                 graphs=graphs,
             ),
         )
+    threading.take(threads, components)
     console.print(components.headline)
     if model is None and requests[0].model is None:
         console.print(
@@ -373,6 +376,8 @@ def progress_bar(console: "Console", out: Path | None, components: "Components",
         task = bar.add_task("", total=None, rate="")
 
         def watch(progress: "Report") -> None:
+            if progress.stage == "decode" and progress.forecast:
+                console.print(f"{progress.forecast} of {progress.step} evaluations were forecast.", style="dim")
             of = f" {progress.picture + 1}/{progress.pictures}" if progress.pictures > 1 else ""
             speed = bar.tasks[0].speed
             bar.update(

@@ -42,6 +42,7 @@ class Progress:
     step: int = 0  # evaluations done
     steps: int = 0  # evaluations in all; 0 where the sampler chooses as it goes
     denoised: Tensor | None = None  # the estimate so far [1, 16, h, w]
+    forecast: int = 0  # of the evaluations done: those that did not ask the model, see `speed`
 
 
 Watcher = Callable[[Progress], None]
@@ -118,16 +119,16 @@ def draw(
     on_device: OnDevice = at_once,
 ) -> Picture:
     """One picture, from its first latents to its pixels."""
-    done = 0
+    last = Step(0, 0)
 
     def step(at: Step) -> None:
-        nonlocal done
-        done = at.done
-        watch(Progress("denoise", index, pictures, at.done, at.total, at.denoised))
+        nonlocal last
+        last = at
+        watch(Progress("denoise", index, pictures, at.done, at.total, at.denoised, at.forecast))
 
     run = on_device(partial(start, components, job, track))
     latents = solve(run, step)
-    watch(Progress("decode", index, pictures, done, done))
+    watch(Progress("decode", index, pictures, last.done, last.done, forecast=last.forecast))
     return Picture(on_device(partial(finish, components, job, latents)), job.settings)
 
 
