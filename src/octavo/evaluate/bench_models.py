@@ -82,7 +82,8 @@ def fill(name: str, shape: tuple[int, ...], out: Tensor) -> None:
         out.fill_(1.0)
         return
     gain = 0.02 if len(shape) == 1 else 1 / math.sqrt(math.prod(shape[1:]))
-    tile, flat = _tile(out.device).mul(gain).to(out.dtype), out.view(-1)
+    flat = out.view(-1)
+    tile = _tile(out.device)[: flat.numel()].mul(gain).to(out.dtype)
     for start in range(0, flat.numel(), TILE):
         part = flat[start : start + TILE]
         part.copy_(tile[: part.numel()])

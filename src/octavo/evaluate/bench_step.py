@@ -109,7 +109,7 @@ def bench_step(
                 steps[name + end] = step
     if not steps:
         return {}
-    config = next(iter(steps.values())).mmdit.config
+    device, config = next(iter(variants.values())).device, next(iter(steps.values())).mmdit.config
     work = step_work(config, batch, height, width, tokens)
     every: dict[str, Callable[[], object]] = {name: step.run for name, step in steps.items()}
     every |= {name: run for name, (run, _) in (also or {}).items()}
@@ -122,7 +122,8 @@ def bench_step(
                 if isinstance(out, Tensor):
                     velocities[name] = out.float().cpu()
                 runs[name] = run  # only what has run once goes into the rounds
-        timings = interleave(runs, warmup=2, repeats=repeats, deadline=deadline)  # graphs are captured meanwhile
+        warmup = 2 if device.type == "cuda" else 0  # graphs are captured meanwhile
+        timings = interleave(runs, warmup=warmup, repeats=repeats, deadline=deadline)
     reference = velocities.get(next(iter(steps)))
     for name, timing in timings.items():
         told: dict[str, Any] = {"batch": batch, "latents": [height, width], "text_tokens": tokens}
