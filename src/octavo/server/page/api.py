@@ -119,6 +119,7 @@ class RefineWish(BaseModel):
     schedule: str | None = None
     shift: float | None = None
     seed: int | None = None
+    speed: Literal["exact", "balanced", "fast"] | None = Field(None, description="as of /octavo/jobs")
 
 
 OF_THE_PART = {"picture", "region", "mask", "denoise", "context", "feather", "follow_edges"}
