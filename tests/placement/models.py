@@ -87,7 +87,7 @@ def controlnet(*, joint: bool) -> Example:
         assert isinstance(model, ControlNet)
         table = model.modulation(torch.tensor([500.0]), draw(1, POOLED))
         latents, hint = draw(1, 16, 6, 8), draw(1, 16, 6, 8) / 2
-        return list(model(latents, hint, draw(1, 5, CONTEXT), table, embed=base.embed_image))
+        return list(model(latents, hint, draw(1, 5, CONTEXT), table, embed=base.to(latents.device).embed_image))
 
     return Example(filled(ControlNet(config)), run)
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from octavo.fp8 import E4M3FN, E5M2, Choice, LinearSpec
+from octavo.fp8 import E4M3FN, E5M2, Choice, LinearSpec, at_sigmas
 from octavo.fp8.linear import Fp8Linear
-from octavo.fp8.matmul import TORCH_INT8
+from octavo.fp8.matmul import PLAIN, TORCH_INT8
 from octavo.models.adapter import adapted
 from octavo.placement.movers import PlainMover
 from octavo.placement.placed import Placed, place, placed_on
@@ -171,6 +171,32 @@ def test_a_model_placed_in_inference_mode_works_outside_of_it_and_the_other_way_
 
 
 # What is where, and in what order
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("resident", [0, 2])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_all_that_computes_is_on_the_device(
+    name: str, resident: int, fp8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The meta device plays the GPU: torch refuses to compute with tensors of two devices, and meta is another."""
+    # From there no tokens can be brought to a table in host memory.
+    monkeypatch.setattr("octavo.placement.placed._look_up_at_home", lambda table, device: table.to(device))
+    example = EXAMPLES[name]()
+    if fp8:
+        in_fp8(example.model, LinearSpec(granularity="row", input_scale=True, step_sigmas=(0.5,)))
+        for layer in example.model.modules():
+            if isinstance(layer, Fp8Linear):
+                layer.use(Choice(PLAIN, {}))
+    meta = torch.device("meta")
+    placed = place(example.model, stay_of(example.model, resident), PlainMover(device=meta), modulation_streamed=True)
+    with meta, at_sigmas(example.model, [0.9, 0.1][: 1 if "controlnet" in name else 2]):
+        outputs = example.run(example.model)
+    assert all(output.device == meta for output in outputs)
+    assert placed.streamed
+    for unit in units_of(example.model).blocks:
+        where = {tensor.device.type for tensor in unit.tensors()}
+        assert where in ({"cpu"}, set())  # at home again, or resident, whose tensors are meta
 
 
 def test_weights_are_at_home_between_calls_and_nothing_else_is_on_the_device() -> None:

@@ -172,7 +172,7 @@ def _weighted(hidden: Tensor, chunk: TokenChunk, kit: EncoderTokenizer, encode_c
 
 
 def _with_clip(encoders: TextEncoders, model: ClipTextEncoder, clip_skip: int) -> EncodeChunk:
-    device = model.text_model.embeddings.token_embedding.weight.device
+    device = model.text_model.final_layer_norm.weight.device  # tables of tokens may be elsewhere
 
     def encode_chunk(chunk: TokenChunk) -> tuple[Tensor, Tensor]:
         tokens = torch.tensor([chunk.ids], device=device)
@@ -184,7 +184,7 @@ def _with_clip(encoders: TextEncoders, model: ClipTextEncoder, clip_skip: int) -
 
 
 def _with_t5(encoders: TextEncoders, model: T5Encoder) -> EncodeChunk:
-    device = model.shared.weight.device
+    device = model.encoder.final_layer_norm.weight.device  # tables of tokens may be elsewhere
 
     def encode_chunk(chunk: TokenChunk) -> tuple[Tensor, None]:
         return model(torch.tensor([chunk.ids], device=device), vectors=_vectors(encoders, chunk)), None

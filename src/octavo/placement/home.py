@@ -30,18 +30,20 @@ class Unit:
         name: of the first module within the model.
         modules: each is called by itself, one after the other.
         without: modules inside of these whose weights do not move with them.
+        alone: whether only the modules' own tensors are meant, and none of those inside of them.
     """
 
     name: str
     modules: tuple[nn.Module, ...]
     without: tuple[nn.Module, ...] = ()
+    alone: bool = False
 
     def inside(self) -> Iterator[nn.Module]:
         """Every module whose own tensors belong to the unit."""
         left_out = {id(part) for module in self.without for part in module.modules()}
         seen = set[int]()
         for module in self.modules:
-            for part in module.modules():
+            for part in (module,) if self.alone else module.modules():
                 if id(part) not in left_out and id(part) not in seen:
                     seen.add(id(part))
                     yield part

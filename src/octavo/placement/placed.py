@@ -39,11 +39,13 @@ class Placed:
         units = units_of(model)
         self.stay, self.modulation_streamed = stay, modulation_streamed
         self._mover, self._units = mover, units
-        outside = [module for unit in (*units.blocks, *units.modulation) for module in unit.modules]
+        passing = {id(module) for unit in (*units.blocks, *units.modulation) for module in unit.inside()}
+        passing |= {id(table) for table in units.tables}
+        others = tuple(module for module in model.modules() if id(module) not in passing)
         self._blocks = Streamed(units.blocks, stay, mover)
         self._modulation = Streamed(units.modulation, self._of_modulation(), mover, once=True)
         with plain_tensors():
-            self._rest = Held(Unit("rest", (model,), (*outside, *units.tables)), mover)
+            self._rest = Held(Unit("rest", others, alone=True), mover)
             self._rest.settle(keep_home=stay.leaves)
             for layer in model.modules():
                 if isinstance(layer, Fp8Linear) and layer.input_scale is not None:
