@@ -189,3 +189,26 @@ def test_a_backend_is_timed_and_its_failure_named() -> None:
 
     with pytest.raises(UnusableError, match=r"^fails when tried: no kernel image$"):
         seconds(replace(ATTENTION_BACKENDS[0], run=broken), case)
+
+
+def test_short_memory_is_no_fault_of_a_backend() -> None:
+    """It goes to those who know what to give up."""
+
+    def greedy(_q: Tensor, _k: Tensor, _v: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        seconds(replace(ATTENTION_BACKENDS[0], run=greedy), replace(CPU, batch=1, queries=8, keys=8, heads=1))
+
+
+def test_times_are_those_of_what_is_attended_to() -> None:
+    """Its strides matter, too; and nothing more than that needs a place in memory."""
+    seen = set()
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen.add((q.data_ptr(), k.data_ptr(), v.data_ptr()))
+        return attention(q, k, v)
+
+    q, k, v = torch.randn(1, 8, 3, 2, 16).unbind(2)
+    seconds(replace(ATTENTION_BACKENDS[0], run=run), replace(CPU, batch=1, queries=64, keys=64, heads=2), (q, k, v))
+    assert seen == {(q.data_ptr(), k.data_ptr(), v.data_ptr())}

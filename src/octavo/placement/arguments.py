@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Hashable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
@@ -60,8 +60,8 @@ def rebuild(spec: Spec, tensors: Iterator[Tensor]) -> Any:
         return of[1]  # type: ignore[index]
     made = [rebuild(part, tensors) for part in parts]
     if kind == "fields":
-        of_type, names = of  # type: ignore[misc]
-        return of_type(**dict(zip(names, made, strict=True)))
+        made_as, names = cast("tuple[type[Any], tuple[str, ...]]", of)
+        return made_as(**dict(zip(names, made, strict=True)))
     assert isinstance(of, type)
     return of(*made) if hasattr(of, "_fields") else of(made)
 

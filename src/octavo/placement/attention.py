@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import median
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from octavo.devices import out_of_memory
 from octavo.errors import RequestError, did_you_mean
 from octavo.fp8.attention import FP8, INT8, INT8_FP8, Rounded, attention_8bit
 from octavo.fp8.backends import UnusableError
@@ -32,6 +34,7 @@ from octavo.models.attention import Attend, attention
 
 logger = logging.getLogger(__name__)
 
+Inputs = tuple[Tensor, Tensor, Tensor]  # queries, keys and values
 HALVES = (torch.bfloat16, torch.float16)
 REPEATS = 5
 FILE = "attention-times.json"  # in the cache folder, see `fp8.timing`
@@ -323,17 +326,19 @@ class Attending:
         key = (batch, _about(queries), _about(k.shape[1]), heads, width, q.dtype)
         taken = self.taken.get(key)
         if taken is None:
-            taken = self.taken[key] = self._choose(*key)
+            taken = self.taken[key] = self._choose(*key, inputs=(q, k, v))
         return taken.backend.run(q, k, v)
 
-    def _choose(self, batch: int, queries: int, keys: int, heads: int, width: int, dtype: torch.dtype) -> Taken:
+    def _choose(
+        self, batch: int, queries: int, keys: int, heads: int, width: int, dtype: torch.dtype, inputs: Inputs
+    ) -> Taken:
         case = Case(
             batch=batch, queries=queries, keys=keys, heads=heads, width=width, dtype=dtype, device="", mode=self.mode
         ).on(self.device)
         timings = None
         if self.measure is None and self.device.type == "cuda" and self.wanted is None:
             # Kept on disk, so that the next process takes the same one: another would give another last bit.
-            timings = Timings(seconds, file=FILE, shape=_shape)
+            timings = Timings(partial(seconds, inputs=inputs), file=FILE, shape=_shape)
         taken = choose_attention(case, wanted=self.wanted, measure=timings or self.measure, backends=self.backends)
         if timings is not None:
             timings.save()
@@ -349,20 +354,18 @@ def _about(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def seconds(backend: AttentionBackend, case: Case) -> float:
+def seconds(backend: AttentionBackend, case: Case, inputs: Inputs | None = None) -> float:
     """Median time of `backend` for `case` on the current CUDA device, or on the CPU.
+
+    Args:
+        inputs: queries, keys and values of about that shape; drawn by lot when not given.
 
     Raises:
         UnusableError: it fails.
+        RuntimeError: memory does not suffice.
     """
     device = torch.device(case.device)
-    generator = torch.Generator(device).manual_seed(0)
-
-    def random(length: int) -> Tensor:
-        shape = (case.batch, length, case.heads, case.width)
-        return torch.randn(shape, device=device, dtype=case.dtype, generator=generator)
-
-    q, k, v = random(case.queries), random(case.keys), random(case.keys)
+    q, k, v = _random(case, device) if inputs is None else inputs
     times = []
     try:
         with torch.inference_mode():
@@ -373,8 +376,17 @@ def seconds(backend: AttentionBackend, case: Case) -> float:
                 _wait(device)
                 times.append(time.perf_counter() - start)
     except _failures() as error:
+        if out_of_memory(error):  # of which the backend is innocent
+            raise
         raise UnusableError(f"fails when tried: {str(error).strip().partition(chr(10))[0]}") from error
     return median(times[2:])
+
+
+def _random(case: Case, device: torch.device) -> Inputs:
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = [(case.batch, length, case.heads, case.width) for length in (case.queries, case.keys, case.keys)]
+    q, k, v = (torch.randn(shape, device=device, dtype=case.dtype, generator=generator) for shape in shapes)
+    return q, k, v
 
 
 def _shape(case: Case) -> str:
