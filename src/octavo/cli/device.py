@@ -22,6 +22,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     from octavo.fp8.timing import cache_folder
     from octavo.fp8.verdicts import unfit
     from octavo.placement.survey import starting
+    from octavo.placement.threads import pick_threads
 
     facts: dict[str, Any] = {
         "device": str(device),
@@ -41,7 +42,8 @@ def machine(device: torch.device) -> dict[str, Any]:
         facts["multiplies_in_fp8"] = (properties.major, properties.minor) >= (8, 9)
     else:
         facts["cores"] = os.cpu_count()
-        facts["threads"] = torch.get_num_threads()
+        picked = pick_threads()
+        facts["threads"], facts["threads_why"] = picked.count, picked.why
         facts["multiplies_in_fp8"] = False
     return facts
 
@@ -72,7 +74,7 @@ def page(facts: dict[str, Any], findings: list[Finding]) -> list[RenderableType]
     if "compute_capability" in facts:
         power = f"compute capability {'.'.join(map(str, facts['compute_capability']))}"
     else:
-        power = f"{facts['cores']} cores, {facts['threads']} threads in use"
+        power = f"{facts['cores']} cores, {facts['threads']} threads ({facts['threads_why']})"
     fp8 = "multiplies in FP8" if facts["multiplies_in_fp8"] else "has no FP8 units: FP8 weights save memory here"
     lines: list[RenderableType] = [
         Text.assemble((facts["device"], "bold"), f"  {facts['name']}"),

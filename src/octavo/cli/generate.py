@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from octavo.cli import arithmetic, memory
-from octavo.cli import threads as threading
 from octavo.cli.log import show_log
+from octavo.cli.threads import Threads, take_threads
 from octavo.errors import RequestError
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def generate(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16; what suits the device if unsaid.")
     ] = None,
-    threads: threading.Threads = None,
+    threads: Threads = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the paths.")] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Tell how each part of the model multiplies, and why.")
@@ -218,7 +218,7 @@ def generate(
                 graphs=graphs,
             ),
         )
-    threading.take(threads, components)
+    take_threads(threads, components)
     console.print(components.headline)
     if model is None and requests[0].model is None:
         console.print(
