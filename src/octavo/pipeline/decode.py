@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Callable
-from itertools import product
+from itertools import pairwise, product
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -35,16 +36,27 @@ def decode(vae: VAE, latents: Tensor, *, tile: int | None = None, overlap: int =
 
 
 def decode_as_fits(vae: VAE, latents: Tensor, *, tile: int | None = None, overlap: int = OVERLAP) -> Tensor:
-    """`decode`; where memory does not suffice in tiles, and at last in small ones."""
-    for side, shared in ((tile, overlap), (TILE, OVERLAP)):
+    """`decode`; where memory does not suffice in tiles, and at last in small ones.
+
+    Whole means exact, by rows where a picture is large (`models.rows`). Tiles change a picture a little, so they come
+    last, or where they are asked for.
+    """
+    ladder = [(tile, overlap), (TILE, OVERLAP), (TILE // 2, OVERLAP // 2)]
+    for (side, shared), (smaller, _) in pairwise(ladder):
         try:
             return decode(vae, latents, tile=side, overlap=shared)
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            logger.warning("Memory does not suffice to decode %s; smaller tiles are next.", list(latents.shape))
+            how = "whole" if side is None else f"in tiles of {side * vae.config.factor} pixels"
+            pixels = " x ".join(str(length * vae.config.factor) for length in reversed(latents.shape[-2:]))
+            logger.warning(
+                "Memory does not suffice to decode %s pixels %s; next come smaller tiles, of %d pixels.",
+                *(pixels, how, cast(int, smaller) * vae.config.factor),
+            )
         trim_memory()
-    return decode(vae, latents, tile=TILE // 2, overlap=OVERLAP // 2)
+    side, shared = ladder[-1]
+    return decode(vae, latents, tile=side, overlap=shared)
 
 
 def encode_image(vae: VAE, pixels: Tensor) -> Tensor:
