@@ -96,4 +96,4 @@ def _show(results: Results) -> None:
     for entry in results.absent:
         print(f"not measured: {entry['name']}: {entry['reason']}")
     for entry in results.errors:
-        print(f"failed: {entry['name']}: {entry['error']}")
+        print(f"failed: {entry['name']}: {entry['error'].splitlines()[0]:.200}")

@@ -89,7 +89,13 @@ class Results:
         # A figure that cannot be had must not cost the others: the traceback is part of the result.
         except Exception as error:
             # Not the frames themselves, which would keep the failed attempt's tensors in memory.
-            self.errors.append({"name": name, "error": f"{error!r:.500}", "traceback": traceback.format_exc()})
+            self.errors.append(
+                {
+                    "name": name,
+                    "error": f"{type(error).__name__}: {str(error):.500}",
+                    "traceback": traceback.format_exc(),
+                }
+            )
             self._write({"failed": self.errors[-1]})
 
     def median(self, name: str) -> float | None:
