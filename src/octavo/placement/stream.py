@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from octavo.devices import trim_memory
 from octavo.placement.home import Layout, Pointing, Unit, point
 from octavo.placement.movers import Mark, Mover
 
 if TYPE_CHECKING:
     from octavo.placement.plan import Stay
+
+TRIM_AFTER = 1 << 30  # bytes that went home, after which what they left is given back to the system
 
 
 class Held:
@@ -114,8 +117,13 @@ class Streamed:
         self.stay, resident = stay, set(stay.resident_units)
         self.streamed = [i for i in range(len(self._held)) if i not in resident]
         with plain_tensors():
+            moved = 0
             for i in self.streamed:  # first, for they make room
                 self._held[i].go_home()
+                moved += self._held[i].nbytes
+                if moved >= TRIM_AFTER:
+                    trim_memory()
+                    moved = 0
             for i in resident:
                 if away:
                     self._held[i].go_home()
