@@ -14,7 +14,7 @@ from octavo.evaluate import bench, bench_cold, bench_models
 from octavo.evaluate.bench import Options
 from octavo.evaluate.bench_ceilings import Ceilings, measure_ceilings
 from octavo.evaluate.bench_costs import Work, counted, decode_work, modulation_work, step_work
-from octavo.evaluate.bench_kernels import Shape, bench_linears, shapes_of
+from octavo.evaluate.bench_kernels import Shape, add_up, bench_linears, shapes_of, times_in_step
 from octavo.evaluate.bench_models import RandomFile, Wanted, fill, open_model, random_source
 from octavo.evaluate.bench_peers import Peers
 from octavo.evaluate.bench_plot import bar_chart, human
@@ -69,6 +69,10 @@ def test_memory_and_kernels_of_the_embedded_model(tmp_path: Path) -> None:
     assert results.errors == []
     names = [line["name"] for line in results.lines]
     assert "kernels.embedded.image.fc1.cpu" in names
+    for name in ("fp8", "F.linear"):
+        products = next(line for line in results.lines if line["name"] == f"kernels.embedded.products.{name}")
+        assert len(products["conditions"]["ways"]) == 8
+        assert products["median"] > products["bound"] / 2 > 0
     errors = {n: line["conditions"].get("relative_error") for n, line in zip(names, results.lines, strict=True)}
     assert errors["kernels.embedded.image.fc1.cpu"] < 1e-5  # exact but for the order of sums
     assert 1e-4 < errors["kernels.embedded.image.fc1.cpu-int8"] < 2e-2
@@ -173,6 +177,31 @@ def test_every_product_of_a_block_has_its_shape() -> None:
     assert shapes["image.qkv"] == Shape("image.qkv", 2 * 8 * 6, 128, 3 * 128)
     assert shapes["text.fc2"] == Shape("text.fc2", 20, 4 * 128, 128)
     assert len(shapes) == 8
+
+
+@pytest.mark.parametrize("config", [MMDiTConfig.large(), MMDiTConfig.medium()], ids=["large", "medium"])
+def test_products_of_a_step_add_up_to_its_work(config: MMDiTConfig) -> None:
+    """Counted shape by shape, or by the formula on paper; the ends of the model are not among them."""
+    b, n, t = 2, 64 * 64, 333
+    shapes = shapes_of(config, b, 128, 128, t)
+    flop = sum(times_in_step(config, shape.what) * 2 * shape.M * shape.K * shape.N for shape in shapes)
+    h, L, D = config.width, config.depth, len(config.dual_attention)
+    assert flop == 2 * b * h**2 * (12 * L * n + 4 * D * n + (12 * (L - 1) + 3) * t)
+
+
+def test_the_fastest_way_of_each_shape_is_added_up_as_often_as_it_occurs() -> None:
+    results, shape = Results(CPU), Shape("text.proj", 2, 16, 16)
+    config = MMDiTConfig(depth=5, width=64, heads=1)
+    for way, seconds in (("F.linear", 1.0), ("cpu", 3.0), ("cpu-int8", 2.0)):
+        results.add(f"kernels.x.text.proj.{way}", seconds, bound=seconds / 2)
+    add_up(config, [shape], "kernels.x", results)
+    found = {line["name"]: line for line in results.lines}
+    assert found["kernels.x.products.fp8"]["median"] == 4 * 2.0
+    assert found["kernels.x.products.fp8"]["fraction"] == 0.5
+    assert found["kernels.x.products.fp8"]["conditions"] == {"ways": {"text.proj": "cpu-int8"}}
+    assert found["kernels.x.products.F.linear"]["median"] == 4 * 1.0
+    add_up(config, [Shape("image.fc1", 2, 16, 16)], "kernels.x", results)  # no line of it: nothing is told
+    assert len(results.lines) == 5
 
 
 def test_failures_and_lack_of_time_are_told_and_stop_nothing(tmp_path: Path) -> None:

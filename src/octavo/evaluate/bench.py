@@ -24,7 +24,7 @@ import torch
 from octavo.errors import RequestError, did_you_mean
 from octavo.evaluate import bench_cold
 from octavo.evaluate.bench_ceilings import Ceilings, measure_ceilings
-from octavo.evaluate.bench_kernels import bench_attention, bench_linears, shapes_of
+from octavo.evaluate.bench_kernels import add_up, bench_attention, bench_linears, shapes_of
 from octavo.evaluate.bench_memory import bench_memory, memory_variants
 from octavo.evaluate.bench_models import EMBEDDED, Wanted, open_model, write_random
 from octavo.evaluate.bench_peers import Peers
@@ -160,16 +160,18 @@ def _ceilings(bench: Bench) -> None:
 
 def _kernels(bench: Bench) -> None:
     options = bench.options
-    shapes = shapes_of(bench.config, options.batch, *bench.latents, bench.tokens)
+    shapes = list(shapes_of(bench.config, options.batch, *bench.latents, bench.tokens))
+    prefix = f"kernels.{options.wanted.name}"
     bench_linears(
-        shapes, f"kernels.{options.wanted.name}", options.device, options.dtype, bench.ceilings, bench.results,
+        shapes, prefix, options.device, options.dtype, bench.ceilings, bench.results,
         repeats=bench.repeats, deadline=bench.deadline,
     )  # fmt: skip
+    add_up(bench.config, shapes, prefix, bench.results)
     height, width = bench.latents
     length = height * width // bench.config.patch_size**2 + bench.tokens
     bench_attention(
         (options.batch, length, bench.config.heads, bench.config.width // bench.config.heads),
-        f"kernels.{options.wanted.name}.attention", options.device, options.dtype, bench.ceilings, bench.results,
+        f"{prefix}.attention", options.device, options.dtype, bench.ceilings, bench.results,
         repeats=bench.repeats, deadline=bench.deadline,
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ a fast way that is wrong shows here, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -51,7 +51,7 @@ def shapes_of(config: MMDiTConfig, batch: int, height: int, width: int, tokens: 
 
 
 def bench_linears(
-    shapes: Iterator[Shape],
+    shapes: Iterable[Shape],
     prefix: str,
     device: torch.device,
     dtype: torch.dtype,
@@ -68,6 +68,32 @@ def bench_linears(
             continue
         with results.guarded(f"{prefix}.{shape.what}"), torch.inference_mode(), whole_processor():
             _bench(shape, f"{prefix}.{shape.what}", device, dtype, ceilings, results, repeats, deadline)
+
+
+def add_up(config: MMDiTConfig, shapes: Iterable[Shape], prefix: str, results: Results) -> None:
+    """All products of a step with weights, from the lines of `bench_linears`: each shape as often as it occurs, by its
+    fastest FP8 way (`kernels.large.products.fp8`), and likewise by F.linear. Nothing where a shape has no line."""
+    for name in ("fp8", "F.linear"):
+        seconds, bound, ways = 0.0, 0.0, dict[str, str]()
+        for shape in shapes:
+            start = f"{prefix}.{shape.what}."
+            lines = [line for line in results.lines if line["name"].startswith(start)]
+            lines = [line for line in lines if line["name"].endswith(".F.linear") == (name == "F.linear")]
+            if not lines:
+                return
+            best = min(lines, key=lambda line: line["median"])
+            count = times_in_step(config, shape.what)
+            seconds, bound = seconds + count * best["median"], bound + count * best["bound"]
+            ways[shape.what] = best["name"].removeprefix(start)
+        results.add(f"{prefix}.products.{name}", seconds, bound=bound, conditions={"ways": ways})
+
+
+def times_in_step(config: MMDiTConfig, what: str) -> int:
+    """How often a product occurs: the last block's text has queries, keys and values alone, some images have two."""
+    stream, layer = what.split(".")
+    if stream == "text":
+        return config.depth if layer == "qkv" else config.depth - 1
+    return config.depth + (len(config.dual_attention) if layer in ("qkv", "proj") else 0)
 
 
 def usable(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[list[Backend], dict[str, str]]:

@@ -92,7 +92,7 @@ class Results:
             self.errors.append(
                 {
                     "name": name,
-                    "error": f"{type(error).__name__}: {str(error):.500}",
+                    "error": f"{type(error).__name__}: {error!s:.500}",
                     "traceback": traceback.format_exc(),
                 }
             )
