@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -63,6 +64,8 @@ def test_the_page_is_its_own_files_and_runs_no_other_script(server: TestClient) 
         answer = server.get(f"/page/{name}")
         assert answer.headers["content-type"].startswith(kind)
         assert f"page/{name}" in page.text
+    for module in re.findall(r'from "\./(.+?)"', server.get("/page/page.js").text):
+        assert server.get(f"/page/{module}").headers["content-type"].startswith("text/javascript")
     assert server.get("/page/api.py").status_code == 404
 
 

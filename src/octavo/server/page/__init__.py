@@ -1,4 +1,4 @@
-"""Our own page at `/`: three files that a browser runs as they are, and the routes under `/octavo` that they call."""
+"""Our own page at `/`: a few files that a browser runs as they are, and the routes under `/octavo` that they call."""
 
 from importlib.resources import files
 from mimetypes import guess_type
@@ -14,7 +14,7 @@ POLICY = (
     "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'; "
     "form-action 'none'"
 )
-FILES = ("page.js", "page.css", "icon.svg")
+FILES = ("page.js", "loras.js", "refine.js", "page.css", "icon.svg")
 
 
 def install(app: FastAPI) -> None:

@@ -1,5 +1,8 @@
 // The page of Octavo's server. No build, no library: the page asks /octavo/… and listens to /octavo/events.
 
+import { listLoras, loras, useLoras } from "./loras.js";
+import { leave, onRefine, refineOf } from "./refine.js";
+
 const $ = (id) => document.getElementById(id);
 const form = $("form");
 const field = (name) => form.elements[name];
@@ -10,7 +13,6 @@ let jobs = new Map(); // by id, as the server tells them
 let shown = null; // {job, picture} on the stage, or {pair: [a, b]}
 let pairs = new Map(); // id of a job → id of the one to compare it with
 let startPicture = null; // name of an uploaded picture
-let loras = []; // in use: {name, strength, …}
 
 // The server
 
@@ -75,42 +77,9 @@ function about() {
   echo();
 }
 
-// LoRAs: one is chosen from the list, and stands below it with its strength
-
-function listLoras(names) {
-  $("lora-picker").hidden = !names.length;
-  $("lora-names").replaceChildren(new Option("add one …", ""), ...names.map((name) => new Option(name.replace(/\.(safetensors|sft)$/, ""), name)));
-}
-
-function paintLoras() {
-  $("loras").replaceChildren(
-    ...loras.map((lora) => {
-      const chip = document.createElement("li");
-      const strength = Object.assign(document.createElement("input"), { type: "number", min: -2, max: 2, step: 0.05, value: lora.strength });
-      strength.setAttribute("aria-label", `Strength of ${lora.name}`);
-      strength.oninput = () => (lora.strength = Number(strength.value));
-      const off = Object.assign(document.createElement("button"), { type: "button", textContent: "×", title: `Without ${lora.name}` });
-      off.onclick = () => useLoras(loras.filter((each) => each !== lora));
-      chip.append(lora.name.replace(/\.(safetensors|sft)$/, ""), strength, off);
-      return chip;
-    }),
-  );
-}
-
-function useLoras(these) {
-  loras = these.map((each) => ({ ...each }));
-  paintLoras();
-}
-
-$("lora-names").onchange = () => {
-  useLoras([...loras, { name: $("lora-names").value, strength: 1 }]);
-  $("lora-names").value = "";
-};
-
 function echo() {
   for (const [name, id] of [["steps", "steps-now"], ["guidance_scale", "guidance-now"], ["shift", "shift-now"], ["denoise", "denoise-now"], ["strength", "strength-now"]])
     $(id).textContent = field(name).value;
-  $("refine-change-now").textContent = $("refine").elements.change.value;
 }
 
 function settings() {
@@ -238,7 +207,7 @@ function paintStage() {
   const other = job && jobs.get(pairs.get(job.id));
   const finished = job?.pictures[shown.picture ?? 0];
   const otherFinished = other?.pictures[shown.picture ?? 0];
-  if (refining && refining.url !== finished?.url) stopRefining();
+  leave(finished?.url);
   put($("about"), finished ? [finished.url, job.seconds, other?.seconds].join() : "", () => (finished ? aboutPicture(job, finished, other) : []));
   if (!job) return;
   if (finished && otherFinished) put(frame, `${finished.url} ${otherFinished.url}`, () => [slider(job, finished, other, otherFinished)]);
@@ -281,102 +250,10 @@ function aboutPicture(job, finished, other) {
   return [...lines, acts];
 }
 
-// Refining: a part of the finished picture on the stage is marked, and drawn anew
-
-const refine = $("refine");
-const marked = Object.assign(document.createElement("div"), { className: "marked" });
-let refining = null; // the picture
-
-function refineOf(finished) {
-  refining = finished;
-  refine.hidden = false;
-  refine.elements.prompt.value = (finished.refined || []).at(-1)?.request.prompt ?? finished.settings.prompt;
-  $("frame").classList.add("marking");
-  $("frame").append(marked);
-  mark(null);
-  echo();
-  refine.scrollIntoView({ behavior: "smooth", block: "nearest" });
-}
-
-function stopRefining() {
-  refining = null;
-  refine.hidden = true;
-  $("frame").classList.remove("marking");
-  marked.remove();
-}
-
-// Where the picture's pixels are on the screen; its element may have empty sides.
-function pixelsOnScreen() {
-  const picture = $("frame").querySelector("img");
-  const box = picture.getBoundingClientRect();
-  const scale = Math.min(box.width / picture.naturalWidth, box.height / picture.naturalHeight) || 1;
-  const left = box.left + (box.width - picture.naturalWidth * scale) / 2;
-  const top = box.top + (box.height - picture.naturalHeight * scale) / 2;
-  return { left, top, scale, width: picture.naturalWidth, height: picture.naturalHeight };
-}
-
-const SIDES = ["x", "y", "width", "height"];
-const region = () => SIDES.map((name) => Math.round(Number(refine.elements[name].value)));
-
-function mark(part) {
-  if (part) SIDES.forEach((name, i) => (refine.elements[name].value = part[i]));
-  else for (const name of SIDES) refine.elements[name].value = "";
-  const [x, y, width, height] = region();
-  const { left, top, scale } = pixelsOnScreen();
-  const frame = $("frame").getBoundingClientRect();
-  marked.hidden = !(width && height);
-  Object.assign(marked.style, {
-    left: `${left - frame.left - $("frame").clientLeft + x * scale}px`,
-    top: `${top - frame.top - $("frame").clientTop + y * scale}px`,
-    width: `${width * scale}px`,
-    height: `${height * scale}px`,
-  });
-}
-
-let from = null; // where the pointer went down, in the picture's pixels
-function pixelAt(event) {
-  const { left, top, scale, width, height } = pixelsOnScreen();
-  const within = (value, most) => Math.max(0, Math.min(most, Math.round(value / scale)));
-  return [within(event.clientX - left, width), within(event.clientY - top, height)];
-}
-$("frame").onpointerdown = (event) => {
-  if (!refining) return;
-  event.preventDefault();
-  $("frame").setPointerCapture(event.pointerId);
-  from = pixelAt(event);
-};
-$("frame").onpointermove = (event) => {
-  if (!from) return;
-  const to = pixelAt(event);
-  mark([0, 1].map((i) => Math.min(from[i], to[i])).concat([0, 1].map((i) => Math.abs(from[i] - to[i]))));
-};
-$("frame").onpointerup = $("frame").onpointercancel = () => (from = null);
-window.addEventListener("resize", () => refining && mark(region()));
-refine.oninput = (event) => {
-  if (SIDES.includes(event.target.name)) mark(region());
-  echo();
-};
-$("no-refine").onclick = stopRefining;
-refine.onsubmit = async (event) => {
-  event.preventDefault();
-  const told = (text) => (($("refine-trouble").hidden = !text), ($("refine-trouble").textContent = text));
-  told("");
-  try {
-    const asked = {
-      picture: decodeURIComponent(refining.url.replace(/^octavo\/pictures\//, "")),
-      region: region(),
-      prompt: refine.elements.prompt.value,
-      denoise: Number(refine.elements.change.value),
-      model: field("model").value,
-      loras,
-    };
-    const job = accepted(await send("octavo/refine", asked));
-    stopRefining();
-    stage({ job: job.id });
-  } catch (error) {
-    told(error.message);
-  }
-};
+onRefine(async (asked) => {
+  const job = accepted(await send("octavo/refine", { ...asked, model: field("model").value, loras }));
+  stage({ job: job.id });
+});
 
 async function compare(job, used, name) {
   const { version, model, image, mask, mask_grow, mask_feather, outpaint, controls, ...same } = used; // pictures to start from are not kept
