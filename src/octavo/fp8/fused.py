@@ -106,9 +106,10 @@ def fuse(
         "residual": (judge.alone("residual", width), residuals),
         "heads": (judge.alone("heads", width), attentions),
     }
+    norms = judge.alone("modulated", width)
     if timings is not None:
         timings.save()
-    ops = FusedOps(plain, joined, judge.kernels, device, verdicts, alone, judge.alone("modulated", width))
+    ops = FusedOps(plain, joined, judge.kernels, device, verdicts, alone, norms)
     _FUSED[model] = ops
     return ops
 
