@@ -33,6 +33,7 @@ from octavo.placement.plan import make_plan
 from octavo.placement.shapes import Shapes
 from octavo.placement.work import Work
 from octavo.sampling import ClassifierFree, Guidance, SkipLayerGuidance
+from tests.placement.fake_cuda import FakeCuda, Mover
 from tests.placement.models import adapter
 
 REQUEST = GenerateRequest(prompt="a large red star on a blue background", width=64, height=64, steps=3, seed=5)
@@ -164,6 +165,23 @@ def test_no_stage_has_more_weights_on_the_device_than_the_plan_says(monkeypatch:
             assert peak <= most + 10**5, (name, str(components.placing))
         # And they are there: of what the plan counts most is seen.
         assert max(peaks.values()) > 0.7 * max(each.weights + each.buffers for each in stages.values())
+
+
+def test_steps_and_prompts_keep_the_host_waiting_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the mover for CUDA, on a CUDA that notes what it is asked."""
+    expected, cuda = unplaced(), FakeCuda()
+    cuda.install(monkeypatch)
+    monkeypatch.setattr("octavo.pipeline.components.mover_for", Mover)
+    components = placed(budgets()[-1])
+    assert np.array_equal(pixels(components), expected)
+    cuda.notes.clear()
+    assert np.array_equal(pixels(components), expected)
+    assert ("host", "synchronize") not in cuda.notes
+    assert sum(note[:2] == ("copies", "record") for note in cuda.notes) > 20
+    for part in (components.mmdit, components.vae, *components.encoders):
+        part.release()
+    gc.collect()
+    assert not cuda.pinned
 
 
 def test_a_controlnet_follows_the_plan_as_the_model_does(tmp_path: Path) -> None:

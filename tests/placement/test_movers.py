@@ -2,8 +2,6 @@
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
@@ -12,80 +10,16 @@ from octavo.placement.movers import CudaMover, PlainMover, mover_for
 from octavo.placement.placed import place
 from octavo.placement.plan import Stay
 from octavo.placement.units import units_of
+from tests.placement.fake_cuda import FakeCuda, Mover
 from tests.placement.models import evaluate, mmdit
-
-Note = tuple[Any, ...]
-
-
-class FakeCuda:
-    """torch.cuda, as far as the mover knows it; copies are those of the CPU."""
-
-    def __init__(self) -> None:
-        self.notes: list[Note] = []
-        self.pinned: dict[int, int] = {}
-        self.refuses = 0
-        self.events = 0
-        cuda = self
-
-        class Stream:
-            def __init__(self, _device: object = None) -> None:
-                self.name = "copies"
-
-            def wait_event(self, event: "Event") -> None:
-                cuda.notes.append((self.name, "wait", event.number))
-
-        class Event:
-            def __init__(self) -> None:
-                cuda.events += 1
-                self.number = cuda.events
-
-            def record(self, stream: Stream) -> None:
-                cuda.notes.append((stream.name, "record", self.number))
-
-        self.Stream, self.Event = Stream, Event
-        self.computing = Stream()
-        self.computing.name = "compute"
-
-    @contextmanager
-    def stream(self, stream: Any) -> Iterator[None]:
-        self.notes.append((stream.name, "begin"))
-        yield
-        self.notes.append((stream.name, "end"))
-
-    def current_stream(self, _device: object) -> Any:
-        return self.computing
-
-    def synchronize(self, _device: object) -> None:
-        self.notes.append(("host", "synchronize"))
-
-    def cudart(self) -> "FakeCuda":
-        return self
-
-    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
-        assert flags == 0
-        if not self.refuses:
-            self.pinned[address] = nbytes
-        return self.refuses
-
-    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
-        del self.pinned[address]
-        return 0
 
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
     fake = FakeCuda()
-    for name in ("Stream", "Event", "stream", "current_stream", "synchronize", "cudart"):
-        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+    fake.install(monkeypatch)
     yield fake
     gc.collect()  # what is pinned still is unpinned by the fake
-
-
-class Mover(CudaMover):
-    """Of a device whose memory is the CPU's, but other memory."""
-
-    def holds(self, tensor: torch.Tensor) -> bool:  # noqa: ARG002
-        return False
 
 
 def test_a_copy_begins_after_the_mark_and_ends_in_an_event_that_computing_waits_for(cuda: FakeCuda) -> None:
