@@ -1,8 +1,9 @@
 """A prompt and a negative of unlike lengths: one call of the model, its text packed, against a call for each.
 
 Both ways in turns, on one thread's processor time: the embedded model at 128x128 pixels with a prompt of three chunks
-against an empty negative, and blocks as wide as SD3.5 Medium's with random weights, in float32 and in FP8, at 256x256
-and 512x512 pixels. Each with the largest difference of the two velocities, relative to the largest velocity.
+against an empty negative, and a block as wide as SD3.5 Medium's with random weights, in float32 and in FP8, at 256x256
+and 512x512 pixels. Each with the largest difference of the two velocities, relative to the largest velocity, and beside
+the same ratio for texts of equal length, so that what packing costs is told from what a call of two rows costs.
 
     python -m benchmarks.lengths                 # minutes
     python -m benchmarks.lengths --repeats 3     # a quick look
@@ -19,12 +20,12 @@ from benchmarks.common import interleave, ratio, report
 from benchmarks.mmdit_step import fp8_mmdit, random_mmdit
 from octavo import load
 from octavo.devices import whole_processor
-from octavo.models import MMDiT, Modulation
-from octavo.models.packed import Packed, pack
+from octavo.models import MMDiT
+from octavo.models.packed import pack
 from octavo.pipeline.encode import encode
 
 LONG = " ".join(["a large red star on a blue background, a small green circle, three yellow hearts in a row;"] * 4)
-DEPTH = 2  # blocks of the wide model, of which Medium has 24
+DEPTH = 1  # blocks of the wide model, of which Medium has 24
 
 
 @torch.inference_mode()
@@ -46,33 +47,35 @@ def main() -> None:
     for name in ("float32", "FP8"):
         model = random_mmdit(DEPTH) if name == "float32" else fp8_mmdit(DEPTH, "exact")
         for side in (32, 64):
-            _compare(f"{DEPTH} blocks of Medium's width, {name}", model, texts, pooled, side=side, repeats=repeats)
+            _compare(f"a block of Medium's width, {name}", model, texts, pooled, side=side, repeats=repeats)
 
 
 def _compare(name: str, model: MMDiT, texts: Sequence[Tensor], pooled: Tensor, *, side: int, repeats: int) -> None:
     table = model.modulation(torch.full((2,), 600.0), pooled)
     x = torch.randn(2, 16, side, side, generator=torch.Generator().manual_seed(1))
-    ordered = sorted(range(2), key=lambda i: texts[i].shape[1])  # as the pipeline does
-    rows = list(zip(x.chunk(2), (texts[i] for i in ordered), [table.each()[i] for i in ordered], strict=True))
+    texts = sorted(texts, key=lambda text: text.shape[1])  # as the pipeline does
+    mean = sum(text.shape[1] for text in texts) // 2
+    equal = [texts[1][:, :mean], texts[1][:, -mean:]]
 
-    def together() -> Tensor:
-        text = pack([text for _, text, _ in rows])
-        assert isinstance(text, Packed)
-        velocity: Tensor = model(x, text, Modulation.stack([own for _, _, own in rows]))
+    def together(texts: Sequence[Tensor]) -> Tensor:
+        velocity: Tensor = model(x, pack(texts), table)
         return velocity
 
-    def apart() -> Tensor:
-        return torch.cat([model(*row) for row in rows])
+    def apart(texts: Sequence[Tensor]) -> Tensor:
+        return torch.cat([model(*row) for row in zip(x.chunk(2), texts, table.each(), strict=True)])
 
-    seconds = interleave({"together": together, "apart": apart}, warmup=2, repeats=repeats, clock=time.thread_time)
+    runs = {
+        "one": lambda: together(texts),
+        "two": lambda: apart(texts),
+        "one equal": lambda: together(equal),
+        "two equal": lambda: apart(equal),
+    }
+    seconds = interleave(runs, warmup=1, repeats=repeats, clock=time.thread_time)
     conditions = {"tokens": [text.shape[1] for text in texts], "pixels": f"{8 * side}x{8 * side}"}
-    report(
-        f"unlike lengths, {name}: one call over two",
-        "ratio",
-        ratio(seconds["together"], seconds["apart"]),
-        **conditions,
-    )
-    one, two = together(), apart()
+    for lengths, suffix in (("unlike", ""), ("equal", " equal")):
+        share = ratio(seconds["one" + suffix], seconds["two" + suffix])
+        report(f"{lengths} lengths, {name}: one call over two", "ratio", share, **conditions)
+    one, two = together(texts), apart(texts)
     error = float((one - two).abs().max() / two.abs().max())
     report(f"unlike lengths, {name}: largest difference", "relative", error, **conditions)
 
