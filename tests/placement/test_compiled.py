@@ -10,7 +10,7 @@ import torch
 
 from octavo.errors import RequestError
 from octavo.fp8 import Choice, Fp8Linear, LinearSpec, watch
-from octavo.fp8.matmul import PLAIN
+from octavo.fp8.matmul import CPU_BLAS, PLAIN
 from octavo.models import MMDiTConfig
 from octavo.models.adapter import adapted
 from octavo.models.ops import PLAIN as PLAIN_OPS
@@ -52,15 +52,38 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 @compiles
 def test_compiled_blocks_give_what_the_model_gives(traced: list[str]) -> None:
-    """Traced and run by torch's own operators: the same numbers; FP8 layers as ever, in both."""
+    """Traced and run by torch's own operators: the same numbers; FP8 layers as ever, by what compilers know or not."""
     model = made(MMDiTConfig(**{**{f: getattr(CONFIG, f) for f in CONFIG.__slots__}, "dual_attention": (0,)}))
     model.joint_blocks[0].x_block.mlp.fc1 = layer = Fp8Linear(128, 512, LinearSpec(granularity="row"))
     layer.q, layer.choice = torch.randn(512, 128).to(layer.q.dtype), Choice(PLAIN, {})
+    model.joint_blocks[0].x_block.mlp.fc2 = other = Fp8Linear(512, 128, LinearSpec(granularity="row"))
+    other.q, other.choice = torch.randn(128, 512).to(layer.q.dtype), Choice(CPU_BLAS, {})
     args = inputs(model)
     expected = model(*args)
     assert compile_blocks(model, CPU, "aot_eager") == 2
     assert torch.allclose(model(*args), expected, rtol=1e-5, atol=1e-5)
     assert traced == ["JointBlock.forward"] * 2
+    assert other.choice.backend.name == "cpu-blas"
+
+
+@compiles
+def test_blocks_share_what_is_compiled(traced: list[str]) -> None:
+    """However many there are: the deeper model has more blocks, and the same code."""
+    compilations = []
+    for depth in (3, 6):
+        torch._dynamo.reset()
+        count = []
+
+        def counting(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor], count: list[int] = count) -> Any:
+            count.append(1)
+            return graph.forward
+
+        model = made(MMDiTConfig(**{f: getattr(CONFIG, f) for f in CONFIG.__slots__} | {"depth": depth}))
+        compile_blocks(model, CPU, counting)  # type: ignore[arg-type]  # torch takes functions, too
+        model(*inputs(model))
+        compilations.append(len(count))
+    assert 0 < compilations[0] == compilations[1]
+    assert len(traced) == 9
 
 
 @compiles

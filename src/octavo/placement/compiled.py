@@ -10,6 +10,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -17,12 +18,15 @@ import torch
 from torch import nn
 
 from octavo.errors import RequestError
+from octavo.fp8 import Backend, Fp8Linear
 from octavo.models import ControlNet, MMDiT
 from octavo.models.mmdit import JointBlock, StreamBlock
 
 logger = logging.getLogger(__name__)
 
 INDUCTOR = "inductor"
+# Ways to multiply by FP8 weights that are made of torch's own operators; the others' work cannot be looked into.
+TRACED = ("plain", "plain-wide", "plain-w8a8", "torch")
 
 
 def compile_refusal(device: torch.device, backend: str = INDUCTOR) -> str | None:
@@ -61,6 +65,9 @@ def compile_blocks(model: nn.Module, device: torch.device, backend: str = INDUCT
         return 0
     if (why := compile_refusal(device, backend)) is not None:
         raise RequestError(f"--compile is of no use here: {why}. Leave it out; nothing else depends on it.")
+    for layer in (part for block in blocks for part in block.modules() if isinstance(part, Fp8Linear)):
+        if layer.choice is not None and layer.choice.backend.name not in TRACED:
+            layer.choice = replace(layer.choice, backend=_opaque(layer.choice.backend))
     for block in blocks:
         parts = weakref.WeakSet(block.modules())
         # No module, but a function in the place of its method, which must not keep its block alive.
@@ -74,6 +81,17 @@ def _blocks(model: nn.Module) -> Sequence[nn.Module]:
     if isinstance(model, ControlNet):
         return [block for block in model.blocks if isinstance(block, JointBlock | StreamBlock)]
     return []
+
+
+def _opaque(backend: Backend) -> Backend:
+    """The same backend, called by compiled code as it is."""
+    if backend.name not in _OPAQUE:
+        run = torch.compiler.disable(backend.run)  # type: ignore[no-untyped-call]
+        _OPAQUE[backend.name] = replace(backend, run=run)
+    return _OPAQUE[backend.name]
+
+
+_OPAQUE: dict[str, Backend] = {}  # so that layers that multiply alike have one and the same, as before
 
 
 @cache
