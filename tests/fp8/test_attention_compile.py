@@ -1,4 +1,4 @@
-"""Attention in eight bits is compiled for a GPU that is not here: Triton's interpreter takes what its compiler refuses."""
+"""Attention in eight bits is compiled for a GPU that is not here: the interpreter takes what the compiler refuses."""
 
 import importlib.util
 import json
