@@ -29,6 +29,7 @@ from octavo.pipeline.request import GenerateRequest
 from octavo.placement.attention import ATTENTION_BACKENDS, AttentionBackend, Case, seconds
 
 PROMPTS = ("a large red star on a blue background", "three green circles", "a small yellow heart on a white background")
+SIDE = 8192  # of the product that is taken for the ceiling
 TOKENS = 4096 + 333  # of 1024×1024 and of text
 SHAPES = {
     "large": Case(dtype=torch.bfloat16, device="cuda"),
@@ -125,8 +126,8 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 def times(ways: list[AttentionBackend], device: torch.device, *, tiles: bool) -> None:
     """Milliseconds of all ways in turns, beside the definition, and of the tiles of our kernel."""
-    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-    ceiling = 2 * 8192**3 / measure(partial(torch.mm, a, a)).median
+    a = torch.randn(SIDE, SIDE, device=device, dtype=torch.bfloat16)
+    ceiling = 2 * SIDE**3 / measure(partial(torch.mm, a, a)).median
     for shape, plain in SHAPES.items():
         case = replace(plain, by_name=True).on(device)
         generator = torch.Generator(device).manual_seed(0)
