@@ -164,6 +164,15 @@ def test_released_shapes_are_opened_without_a_file_and_in_fp8() -> None:
     assert bool(picture.isfinite().all())
 
 
+def test_what_does_not_fit_into_memory_is_left_out_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_models, "free_bytes", lambda _device: 520 << 20)
+    results = bench.run(Options(model="medium", suites=("step", "memory"), repeats=1, out=tmp_path))
+    assert results.errors == []
+    told = {entry["name"]: entry["reason"] for entry in results.absent}
+    assert {"step.medium.float32", "memory.medium.fp8_fast"} <= set(told)
+    assert "GB of memory are free" in told["step.medium.fp8"]
+
+
 def test_numbers_are_the_same_each_time_and_fit_any_place() -> None:
     file = RandomFile("nowhere", {"a.weight": (32, 16)})
     first, second = torch.empty(32, 16), torch.empty(16, 32, dtype=torch.float64)

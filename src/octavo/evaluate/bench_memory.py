@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from octavo.devices import trim_memory
-from octavo.evaluate.bench_models import Wanted, open_model
+from octavo.evaluate.bench_models import Wanted, open_model, require_room
 from octavo.evaluate.bench_picture import Sheet, draw
 from octavo.evaluate.bench_results import Results
 from octavo.evaluate.bench_step import variants_here
@@ -50,6 +50,7 @@ def bench_memory(
             continue
         with results.guarded(f"{prefix}.{name}"), _counted(device) as peak:
             components = make()
+            require_room([components.mmdit, *components.encoders, components.vae])
             draw(components, sheet)
             nbytes = peak()
             placing = components.placing

@@ -8,7 +8,7 @@ they are asked for, from one drawn tile: values hardly matter to time, as long a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -29,12 +29,14 @@ from octavo.checkpoint.presets import preset_for
 from octavo.checkpoint.save import Writer
 from octavo.checkpoint.source import Source
 from octavo.checkpoint.tensors import TensorFile
+from octavo.devices import free_bytes
+from octavo.errors import OutOfMemoryError
 from octavo.fp8 import E4M3FN, Mode, quantize
 from octavo.fp8.scale import Scaled
 from octavo.models import VAE, ClipConfig, MMDiT, MMDiTConfig, T5Config
 from octavo.models.vae import VAEConfig
 from octavo.pipeline.assemble import placing_of, text_encoders_of
-from octavo.pipeline.components import Arithmetic, Components, Part
+from octavo.pipeline.components import SPARE, Arithmetic, Components, Part
 from octavo.placement.running import Running
 
 TILE = 1 << 22  # numbers drawn; an odd width shifts them from row to row
@@ -152,6 +154,22 @@ def open_model(wanted: Wanted) -> Components:
         force_fp8=wanted.fp8,
         force_fp8_text_encoders=wanted.fp8,
     )
+
+
+def require_room(parts: Iterable[Part[Any]]) -> None:
+    """Refuse to load what a CPU's machine has no memory for; on a GPU the memory plan sees to it.
+
+    Raises:
+        OutOfMemoryError: says how much is needed and free.
+    """
+    parts = list(parts)
+    needed = sum(part.nbytes for part in parts if not part.loaded)
+    free = free_bytes(parts[0].device) if parts[0].device.type == "cpu" else None
+    if free is not None and needed + SPARE > free:
+        raise OutOfMemoryError(
+            f"The weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free. "
+            "Take a smaller model, or free some memory."
+        )
 
 
 def random_source(kind: Kind, config: Any, name: str = "random") -> Source:

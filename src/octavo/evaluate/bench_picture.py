@@ -15,7 +15,7 @@ import torch
 
 from octavo.evaluate.bench_ceilings import Ceilings
 from octavo.evaluate.bench_costs import Work, decode_work, encode_work, modulation_work, step_work, weight_bytes
-from octavo.evaluate.bench_models import Wanted, open_model
+from octavo.evaluate.bench_models import Wanted, open_model, require_room
 from octavo.evaluate.bench_results import Results
 from octavo.evaluate.bench_timing import NEVER, Deadline, Timing, wait_for_device
 from octavo.fp8.needs import dtype_name
@@ -71,6 +71,7 @@ def bench_picture(
     for name, wanted in variants.items():
         with results.guarded(f"{prefix}.{name}"):
             components = open_model(wanted)
+            require_room([components.mmdit, *components.encoders, components.vae])
             draw(components, sheet)
             models[name] = components
     if not models:

@@ -18,7 +18,7 @@ from octavo.devices import whole_processor
 from octavo.evaluate.bench_ceilings import Ceilings
 from octavo.evaluate.bench_costs import step_work, weight_bytes
 from octavo.evaluate.bench_kernels import distance, rounded_to
-from octavo.evaluate.bench_models import Wanted, open_model
+from octavo.evaluate.bench_models import Wanted, open_model, require_room
 from octavo.evaluate.bench_results import Results
 from octavo.evaluate.bench_timing import NEVER, Deadline, Timing, interleave, wait_for_device
 from octavo.fp8 import Fp8Linear
@@ -146,6 +146,7 @@ def make_steps(wanted: Wanted, batch: int, height: int, width: int, tokens: int)
     """Load the model and make its table of modulation; gives the step as a run takes it (under the name ""), and where
     that is by CUDA graphs or fused kernels, also those without."""
     components = open_model(wanted)
+    require_room([components.mmdit])
     mmdit = components.mmdit()
     inputs = draw_inputs(mmdit.config, batch, height, width, tokens).to(wanted.device, wanted.dtype)
     with torch.inference_mode(), whole_processor():
