@@ -159,12 +159,13 @@ def times(ways: list[AttentionBackend], device: torch.device, *, tiles: bool) ->
 def _tiles(q: Tensor, k: Tensor, v: Tensor, flop: int, shape: str) -> None:
     from octavo.fp8.attention import FP8, INT8, INT8_FP8
     from octavo.fp8.kernels.attention import Tile, attend
+    from octavo.fp8.kernels.errors import TritonError
 
     for name, rounded in (("fp8", FP8), ("int8-fp8", INT8_FP8), ("int8", INT8)):
         for tile in (Tile(m, n, w, s) for m in (64, 128) for n in (64, 128) for w in (4, 8) for s in (2, 3, 4)):
             try:
                 timing = measure(partial(attend, q, k, v, rounded=rounded, tile=tile), warmup=3, repeats=10)
-            except RuntimeError as error:  # too much shared memory
+            except (RuntimeError, TritonError) as error:  # too much shared memory
                 report("attention_tile", "s", 0.0, way=name, tile=str(tile), shape=shape, why=str(error)[:80])
                 continue
             rate = round(flop / timing.median / 1e12, 1)
