@@ -43,6 +43,10 @@ class FakeModel(nn.Module):
         table = (timestep / 1000 + pooled.mean(1))[:, None, None].expand(-1, 2, WIDTH)
         return Modulation.of((table,), (table,), table)
 
+    def modulations(self, asked: Sequence[tuple[Tensor, Tensor]]) -> list[Modulation]:
+        """Of several prompts."""
+        return [self.modulation(timestep, pooled) for timestep, pooled in asked]
+
     def forward(
         self,
         latents: Tensor,

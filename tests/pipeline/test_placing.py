@@ -27,10 +27,12 @@ from octavo.pipeline.encode import Conditioning
 from octavo.pipeline.generate import Progress, generate_each
 from octavo.pipeline.placing import Budget, budget_of, check_vram
 from octavo.pipeline.shelf import LoadSettings, Shelf
+from octavo.pipeline.tables import Tables
 from octavo.placement.movers import PlainMover
-from octavo.placement.placed import placed_on
-from octavo.placement.plan import make_plan
+from octavo.placement.placed import place, placed_on
+from octavo.placement.plan import Stay, make_plan
 from octavo.placement.shapes import Shapes
+from octavo.placement.units import units_of
 from octavo.placement.work import Work
 from octavo.sampling import ClassifierFree, Guidance, SkipLayerGuidance
 from tests.placement.fake_cuda import FakeCuda, Mover
@@ -236,6 +238,21 @@ def test_a_batch_of_strangers_with_loras_and_skipped_layers_is_the_same_when_str
     assert on_device.streamed
 
 
+@pytest.mark.parametrize("cache", [None, Tables()])
+def test_adaln_passes_once_a_run_for_all_its_prompts(cache: Tables | None) -> None:
+    mmdit, mover = load(device="cpu").mmdit(), PlainMover(keep_log=True)
+    units, config = units_of(mmdit), mmdit.config
+    count = len(units.blocks)
+    place(mmdit, Stay(resident=count, layers=count), mover, modulation_streamed=True)
+    sides = [Conditioning(torch.zeros(1, 4, config.context_width), torch.randn(1, config.pooled_width)) for _ in "+-"]
+    track = Track.of(sides[0], sides[1], Guidance(classifier_free=ClassifierFree(scale=3.0)), 3.0)
+    mover.log.clear()
+    make_tables(mmdit, track, [0.9, 0.4, 0.1], cache=cache)
+    assert len(track.tables) == 6
+    # The last, which ends the row, is fetched for each prompt.
+    assert sum(event.what == "copy" for event in mover.log) == len(units.modulation) + 1
+
+
 # Out of memory
 
 
@@ -261,7 +278,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Callable[[type, str, list[int]], N
 
 @pytest.mark.parametrize(
     ("owner", "method", "failing"),
-    [(MMDiT, "forward", [2, 3]), (MMDiT, "modulation", [1]), (VAE, "decode", [1]), (MMDiT, "forward", [1, 4])],
+    [(MMDiT, "forward", [2, 3]), (MMDiT, "modulations", [1]), (VAE, "decode", [1]), (MMDiT, "forward", [1, 4])],
 )
 def test_a_picture_goes_on_under_a_smaller_plan(
     short: Callable[..., None], caplog: pytest.LogCaptureFixture, owner: type, method: str, failing: list[int]

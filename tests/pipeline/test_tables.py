@@ -9,7 +9,7 @@ import torch
 from octavo.models import MMDiT, MMDiTConfig
 from octavo.pipeline.denoise import make_tables
 from octavo.pipeline.run import Run, solve
-from octavo.pipeline.tables import Tables, make_table
+from octavo.pipeline.tables import Tables, make_each, make_table
 from octavo.sampling import get_sampler, initial_noise
 from tests.pipeline.recorded import SHAPE, levels, plain, tiny_mmdit
 
@@ -37,6 +37,16 @@ def test_a_run_with_a_cache_has_the_bits_of_one_without() -> None:
     for steps in (3, 4, 3, 5, 4):
         assert torch.equal(ends(steps, tables), ends(steps, None))
     assert (tables.hits, tables.misses) == (4, 6)  # two prompts a run, three kinds of runs
+
+
+def test_prompts_in_one_go_have_the_tables_that_they_have_alone() -> None:
+    model, prompts = small(), [prompt(number) for number in (1, 2, 1)]
+    alone = [make_table(model, each, SIGMAS).flat for each in prompts]
+    tables = Tables()
+    tables.get(model, prompts[1], SIGMAS)
+    for made in (make_each(model, prompts, SIGMAS), tables.get_each(model, prompts, SIGMAS)):
+        for table, expected in zip(made, alone, strict=True):
+            assert torch.equal(table.flat, expected)
 
 
 def test_a_prompt_is_known_by_what_it_says() -> None:

@@ -101,6 +101,10 @@ class ControlNet(nn.Module):
         image = tuple(cast(ImageBlock, block).adaLN_modulation(vector) for block in self.blocks)
         return Modulation.of(image, (), vector.new_empty(len(vector), 0, self.config.width))
 
+    def modulations(self, asked: Sequence[tuple[Tensor, Tensor]]) -> list[Modulation]:
+        """`modulation` of several timesteps and pooled texts."""
+        return [self.modulation(timestep, pooled) for timestep, pooled in asked]
+
     def vector(self, timestep: Tensor, pooled: Tensor) -> Tensor:
         """Time [N] and pooled text [N, pooled_width] as one vector [N, D], from which every block's table is made."""
         told = torch.zeros_like(pooled) if self.config.zero_pooled else pooled

@@ -269,12 +269,20 @@ class MMDiT(nn.Module):
         Returns:
             Tables of N rows for `forward`, one row for each row of its batch.
         """
-        vector = self.vector(timestep, pooled)
-        return Modulation.of(
-            tuple(block.x_block.adaLN_modulation(vector) for block in self.joint_blocks),
-            tuple(block.context_block.adaLN_modulation(vector) for block in self.joint_blocks),
-            self.final_layer.adaLN_modulation(vector),
-        )
+        return self.modulations([(timestep, pooled)])[0]
+
+    def modulations(self, asked: Sequence[tuple[Tensor, Tensor]]) -> list[Modulation]:
+        """`modulation` of several timesteps and pooled texts, layer by layer: weights that have to be fetched are
+        fetched once for all. The products of each are its own, so that a table does not depend on its company.
+        """
+        vectors = [self.vector(timestep, pooled) for timestep, pooled in asked]
+        image = [[block.x_block.adaLN_modulation(each) for each in vectors] for block in self.joint_blocks]
+        context = [[block.context_block.adaLN_modulation(each) for each in vectors] for block in self.joint_blocks]
+        final = [self.final_layer.adaLN_modulation(each) for each in vectors]
+        return [
+            Modulation.of([block[i] for block in image], [block[i] for block in context], final[i])
+            for i in range(len(vectors))
+        ]
 
     def vector(self, timestep: Tensor, pooled: Tensor) -> Tensor:
         """Time [N] and pooled text [N, pooled_width] as one vector [N, D], from which every block's table is made."""

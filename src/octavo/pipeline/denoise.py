@@ -6,7 +6,7 @@ model call (same latent size, same blocks, LoRAs and ControlNets; texts of any l
 of one track. `finite` does the same for numbers that must not be NaN.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,7 +20,7 @@ from octavo.pipeline.conditions import Arranged, Condition, Placed, arrange, mix
 from octavo.pipeline.control import Control, pull, steer
 from octavo.pipeline.control import Placed as PlacedControl
 from octavo.pipeline.encode import Conditioning
-from octavo.pipeline.tables import Tables, make_table
+from octavo.pipeline.tables import Tables, make_each, make_table
 from octavo.placement.graphs import through
 from octavo.sampling import Guidance, Guided, Predictions
 from octavo.sampling.flow import denoised_from_velocity
@@ -123,7 +123,7 @@ class Question:
 def make_tables(
     mmdit: MMDiT, track: Track, sigmas: Sequence[float], *, negative: bool = True, cache: Tables | None = None
 ) -> None:
-    """Fill the track's tables for all `sigmas`, each prompt in one call of the modulation, before the first step.
+    """Fill the track's tables for all `sigmas`, all prompts in one go through the modulation, before the first step.
 
     Args:
         negative: also for the negative prompts, if there are any.
@@ -134,20 +134,29 @@ def make_tables(
     """
     for control in track.controls:
         control.check(mmdit.config)
-    make = cache.get if cache is not None else make_table
+    make = cache.get_each if cache is not None else make_each
     levels = tuple(dict.fromkeys(sigmas))
 
-    def fill(model: MMDiT | ControlNet, prompt: Conditioning, adapters: Applied, *key: object) -> None:
-        missing = [sigma for sigma in levels if (*key, prompt, sigma) not in track.tables]
-        if missing:
-            whole = make(model, prompt.pooled, missing, adapters)
-            for sigma, row in zip(missing, whole.each(), strict=True):
-                track.tables[*key, prompt, sigma] = row
+    def fill(model: MMDiT | ControlNet, prompts: Sequence[Conditioning], adapters: Applied, *key: object) -> None:
+        together: dict[tuple[float, ...], list[Conditioning]] = {}  # by the levels that they lack
+        for prompt in dict.fromkeys(prompts):
+            missing = tuple(sigma for sigma in levels if (*key, prompt, sigma) not in track.tables)
+            if missing:
+                together.setdefault(missing, []).append(prompt)
+        for missing, alike in together.items():
+            tables = make(model, [prompt.pooled for prompt in alike], missing, adapters)
+            for prompt, whole in zip(alike, tables, strict=True):
+                for sigma, row in zip(missing, whole.each(), strict=True):
+                    track.tables[*key, prompt, sigma] = row
 
-    for condition in (*track.positive, *((negative and track.negative) or ())):
-        fill(mmdit, condition.conditioning, track.adapters)
+    conditions = (*track.positive, *((negative and track.negative) or ()))
+    fill(mmdit, [condition.conditioning for condition in conditions], track.adapters)
+    nets: dict[Callable[[], ControlNet], list[Conditioning]] = {}
+    for condition in conditions:
         for control in condition.control:
-            fill(control.net(), condition.conditioning, (), control.net)
+            nets.setdefault(control.net, []).append(condition.conditioning)
+    for net, prompts in nets.items():
+        fill(net(), prompts, (), net)
 
 
 def denoise(mmdit: MMDiT, questions: Sequence[Question], *, most_rows: int | None = None) -> list[Guided]:

@@ -37,9 +37,20 @@ def make_table(
     Returns:
         N rows.
     """
-    timesteps = torch.tensor([timestep(sigma) for sigma in sigmas], dtype=torch.float32, device=pooled.device)
+    return make_each(mmdit, [pooled], sigmas, adapters)[0]
+
+
+def make_each(
+    mmdit: MMDiT | ControlNet, prompts: Sequence[Tensor], sigmas: Sequence[float], adapters: Applied = ()
+) -> list[Modulation]:
+    """`make_table` of several prompts, the same bits; weights that pass through a device do so once for all."""
+    levels = [timestep(sigma) for sigma in sigmas]
+    asked = [
+        (torch.tensor(levels, dtype=torch.float32, device=pooled.device), pooled.expand(len(sigmas), -1))
+        for pooled in prompts
+    ]
     with at_sigmas(mmdit, sigmas), adapted(mmdit, adapters):
-        return mmdit.modulation(timesteps, pooled.expand(len(sigmas), -1))
+        return mmdit.modulations(asked)
 
 
 class Tables:
@@ -61,16 +72,35 @@ class Tables:
         self, mmdit: MMDiT | ControlNet, pooled: Tensor, sigmas: Sequence[float], adapters: Applied = ()
     ) -> Modulation:
         """`make_table`, unless it is here."""
-        bits = pooled.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()
-        key = _Key(id(mmdit), hashlib.blake2b(bits).digest(), pooled.dtype, pooled.device, tuple(sigmas), adapters)
+        return self.get_each(mmdit, [pooled], sigmas, adapters)[0]
+
+    def get_each(
+        self, mmdit: MMDiT | ControlNet, prompts: Sequence[Tensor], sigmas: Sequence[float], adapters: Applied = ()
+    ) -> list[Modulation]:
+        """`make_each` of those that are not here, and the others."""
+        keys, found = [], dict[_Key, Modulation]()
+        for pooled in prompts:
+            bits = pooled.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()
+            digest = hashlib.blake2b(bits).digest()
+            keys.append(_Key(id(mmdit), digest, pooled.dtype, pooled.device, tuple(sigmas), adapters))
         with self._lock:
-            entry = self._entries.get(key)
-            if entry is not None:
+            for key in keys:
+                entry = self._entries.get(key)
+                if entry is None:
+                    self.misses += 1
+                    continue
                 self._entries.move_to_end(key)
                 self.hits += 1
-                return entry.table
-            self.misses += 1
-        table = make_table(mmdit, pooled, sigmas, adapters)
+                found[key] = entry.table
+        missing = {key: pooled for key, pooled in zip(keys, prompts, strict=True) if key not in found}
+        if missing:
+            made = make_each(mmdit, list(missing.values()), sigmas, adapters)
+            for key, table in zip(missing, made, strict=True):
+                found[key] = table
+                self._keep(mmdit, key, table)
+        return [found[key] for key in keys]
+
+    def _keep(self, mmdit: MMDiT | ControlNet, key: "_Key", table: Modulation) -> None:
         nbytes = table.flat.nbytes
         if nbytes <= self.max_bytes:
             with self._lock:
@@ -80,7 +110,6 @@ class Tables:
                 self.nbytes += nbytes
                 while self.nbytes > self.max_bytes:
                     self._drop(next(iter(self._entries)))
-        return table
 
     def forget(self, mmdit: MMDiT | ControlNet) -> None:
         """Drop all tables of a model, whose weights or arithmetic are not what they were."""
