@@ -149,12 +149,17 @@ class Peers:
     def _torchao(self, model: nn.Module) -> nn.Module:
         ao: Any = importlib.import_module("torchao.quantization")
 
-        # Rows of both factors have scales of their own; embedders and modulation stay, as torchao's own recipe has it.
+        # Rows of both factors have scales of their own; embedders and modulation, of a row for each picture, stay.
         recipe = ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow())
-        ao.quantize_(model, recipe, filter_fn=lambda module, name: isinstance(module, nn.Linear) and "blocks" in name)
+        ao.quantize_(model, recipe, filter_fn=_of_tokens)
         return self._compiled(model)
 
     def _layerwise(self, model: nn.Module) -> nn.Module:
         casting: Any = model
         casting.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=self.dtype)
         return model
+
+
+def _of_tokens(module: nn.Module, name: str) -> bool:
+    """Whether this is a linear layer of diffusers' blocks through which every token goes."""
+    return isinstance(module, nn.Linear) and "transformer_blocks" in name and "norm1" not in name
