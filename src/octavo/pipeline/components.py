@@ -24,7 +24,8 @@ from octavo.checkpoint.source import Located
 from octavo.devices import free_bytes, trim_memory
 from octavo.fp8 import BACKENDS, Fp8Format, LinearSpec, Mode, find_backend, prepare, refused
 from octavo.fp8.needs import TYPICAL_ROWS
-from octavo.models import VAE, MMDiT, MMDiTConfig
+from octavo.models import VAE, MMDiT, MMDiTConfig, VAEConfig
+from octavo.models.rows import decode_bytes
 from octavo.pipeline.decode import TILE
 from octavo.pipeline.encode import TextEncoders
 from octavo.pipeline.fusing import fuse_steps
@@ -55,7 +56,6 @@ PROMPT_ROWS = 77  # tokens
 STEP_ROWS = 56  # of modulation: 28 steps, two prompts
 
 SPARE = 512 << 20  # bytes that stay free beside a part, for its work
-DECODE_BYTES_PER_PIXEL = 2600  # of the released VAE at its widest, in float32: five maps of 128 channels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -391,7 +391,8 @@ class Components:
         if self.placing is not None:
             return self.placing.plan.tile is not None
         free = free_bytes(self.device)
-        return free is not None and width * height * DECODE_BYTES_PER_PIXEL > free
+        config = cast(VAEConfig, self.vae.config)
+        return free is not None and decode_bytes(config, height, width, self.vae.dtype, self.device) > free
 
     def preview(self, denoised: Tensor) -> Image.Image:
         """A quick look at unfinished latents [1, 16, h, w]."""

@@ -19,7 +19,7 @@ from octavo.graph.nodes.limits import check_drawn
 from octavo.graph.nodes.types import Latent, given
 from octavo.graph.spec import INT, LINK, Input, NodeSpec, node
 from octavo.models import VAE, VAEConfig
-from octavo.pipeline.components import DECODE_BYTES_PER_PIXEL
+from octavo.models.rows import decode_bytes
 from octavo.pipeline.decode import OVERLAP, TILE, blend_tiles
 from octavo.pipeline.shelf import Vae
 
@@ -124,8 +124,9 @@ def _wants_tiles(context: Context, vae: Vae, z: Tensor) -> bool:
     if context.shelf.settings.tiled_vae is not None:
         return context.shelf.settings.tiled_vae
     free = free_bytes(vae.part.device)
-    pixels = z.shape[2] * z.shape[3] * _config(vae).factor ** 2
-    return free is not None and pixels * DECODE_BYTES_PER_PIXEL > free
+    config, (height, width) = _config(vae), z.shape[2:]
+    sides = (height * config.factor, width * config.factor)
+    return free is not None and decode_bytes(config, *sides, vae.part.dtype, vae.part.device) > free
 
 
 # Pictures to latents
