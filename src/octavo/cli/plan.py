@@ -111,7 +111,9 @@ def _work(preset: Preset, size: str | None, steps: int | None, guidance: float |
     guided = (preset.guidance_scale if guidance is None else guidance) != 1
     sides = {"width": preset.width, "height": preset.height, **parse_size(size)}
     passes = 2 if guided else 1
-    return Work(**sides, steps=preset.steps if steps is None else steps, rows=passes * batch, prompts=passes)
+    return Work(
+        **sides, steps=preset.steps if steps is None else steps, rows=passes * batch, prompts=passes, pictures=batch
+    )
 
 
 def _cards(name: str | None) -> dict[str, Card | None]:
@@ -336,8 +338,7 @@ def _told(work: Work) -> str:
 
 
 def _pictures(work: Work) -> str:
-    count = work.rows // work.prompts
-    return "a picture" if count == 1 else f"{count} pictures"
+    return "a picture" if work.pictures == 1 else f"{work.pictures} pictures"
 
 
 def _title(kind: str) -> str:

@@ -13,7 +13,6 @@ from octavo.models.t5 import T5Config
 from octavo.models.vae import VAEConfig
 from octavo.placement import costs
 from octavo.placement.cards import Card
-from octavo.placement.costs import Cost
 from octavo.placement.shapes import PartShape, Shapes
 from octavo.placement.simulate import Task, Timeline, simulate
 from octavo.placement.work import Work
@@ -113,13 +112,8 @@ def _decode(shapes: Shapes, work: Work, stays: Mapping[str, Stays], tile: int | 
     part = shapes.parts["vae"]
     cost = costs.vae_decode(cast(VAEConfig, part.config), part, work).times(_repeated(work.latents, tile))
     copy = part.nbytes if stays["vae"].leaves else 0
-    pictures = max(1, work.rows // 2) if work.prompts > 1 else work.rows
     yield Task(stage="decode", name="vae", compute=0.0, copy=copy, pool="vae, whole")
-    yield Task(stage="decode", name="decode", compute=_of(cost, pictures, card))
-
-
-def _of(cost: Cost, count: int, card: Card) -> float:
-    return cost.times(count).seconds(card, fp8=False)
+    yield Task(stage="decode", name="decode", compute=cost.times(work.pictures).seconds(card, fp8=False))
 
 
 def _in_fp8(part: PartShape) -> bool:

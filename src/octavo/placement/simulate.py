@@ -57,7 +57,7 @@ class Timeline:
     def waited(self, stage: str | None = None) -> float:
         """Seconds that the computing clock stood still."""
         total = self.total if stage is None else self.seconds.get(stage, 0.0)
-        return total - self.busy("compute", stage)
+        return max(0.0, total - self.busy("compute", stage))  # sums of floats may fall a hair below
 
 
 def simulate(tasks: Sequence[Task], *, slots: Mapping[str, int], link: float) -> Timeline:

@@ -18,9 +18,10 @@ class Work:
     rows: int = 2  # of a model call: twice the pictures with guidance, else as many
     tokens: int = 333  # of text: CLIP's 77 and 256 of T5, the longest that diffusers takes
     prompts: int = 2  # texts to encode, one after the other: with guidance the negative one, too
+    pictures: int = 1  # to decode, one after the other
 
     def __post_init__(self) -> None:
-        for name in ("width", "height", "steps", "rows", "tokens", "prompts"):
+        for name in ("width", "height", "steps", "rows", "tokens", "prompts", "pictures"):
             if getattr(self, name) < 1:
                 raise RequestError(f"{name}={getattr(self, name)}: a picture needs 1 at least.")
 
