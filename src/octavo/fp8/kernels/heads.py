@@ -20,7 +20,7 @@ WARPS = 4
 @triton.jit  # type: ignore[untyped-decorator]
 def _heads(  # type: ignore[no-untyped-def]
     qkv, qkv_batch, qkv_token, of_q, of_k, out,
-    tokens, first, length, heads, batches, E, eps,
+    tokens, first, length, heads, E, eps,
     NORM_Q: tl.constexpr, NORM_K: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -28,7 +28,7 @@ def _heads(  # type: ignore[no-untyped-def]
     inside = (token < tokens)[:, None] & (e < E)[None, :]
     source = qkv + batch * qkv_batch + token.to(tl.int64)[:, None] * qkv_token + head * E + e[None, :]
     target = out + ((batch * heads + head) * length + first + token)[:, None] * E + e[None, :]
-    section = batches * heads * length * E  # of all queries, all keys, all values
+    section = tl.num_programs(2).to(tl.int64) * heads * length * E  # of all queries, all keys, all values
     for part in tl.static_range(3):
         x = tl.load(source + part * heads * E, mask=inside, other=0.0)
         if (part == 0 and NORM_Q) or (part == 1 and NORM_K):
@@ -55,7 +55,7 @@ def heads(*streams: Stream) -> tuple[Tensor, Tensor, Tensor]:
                 _heads[(triton.cdiv(tokens, TOKENS), H, B)](
                     source, source.stride(0), source.stride(1),
                     source if of_q is None else of_q, source if of_k is None else of_k, out,
-                    tokens, start, length, H, B, E, eps,
+                    tokens, start, length, H, E, eps,
                     NORM_Q=of_q is not None, NORM_K=of_k is not None, TOKENS=TOKENS,
                     BLOCK=triton.next_power_of_2(E), num_warps=WARPS,
                 )  # fmt: skip
