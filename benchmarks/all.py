@@ -16,6 +16,8 @@ BENCHMARKS = (
     "fp8_linear",
     "fp8_quality",
     "mmdit_step",
+    "vae",
+    "encoders",
     "load",
     "quantize",
     "server",
