@@ -18,6 +18,7 @@ from octavo.evaluate.columns import (
     parse_column,
     weight_bytes,
 )
+from octavo.fp8 import Fp8Linear
 
 PROMPTS = ["one", "two", "three"]
 
@@ -131,7 +132,10 @@ def test_the_share_of_weights_in_fp8_and_their_bytes_are_counted() -> None:
     plain, fp8 = load("octavo-demo").mmdit(), load("octavo-demo-fp8").mmdit()
     linear = sum(m.weight.numel() for m in plain.modules() if isinstance(m, torch.nn.Linear))
     assert fp8_weights(plain) == (0, linear)
-    assert fp8_weights(fp8) == (linear, linear)
-    # float32 has four bytes a weight, FP8 one and one scale a layer.
-    layers = sum(isinstance(m, torch.nn.Linear) for m in plain.modules())
-    assert weight_bytes(plain) - weight_bytes(fp8) == 3 * linear - 4 * layers
+    # The last layer stays as it is.
+    final = plain.final_layer.linear.weight.numel()
+    assert fp8_weights(fp8) == (linear - final, linear)
+    # float32 has four bytes a weight, FP8 one and its scales.
+    layers = [m for m in fp8.modules() if isinstance(m, Fp8Linear)]
+    scales = sum(m.scale.nbytes + (0 if m.input_scale is None else m.input_scale.nbytes) for m in layers)
+    assert weight_bytes(plain) - weight_bytes(fp8) == 3 * (linear - final) - scales

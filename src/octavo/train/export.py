@@ -1,7 +1,8 @@
 """A trained run as files for use: a ComfyUI tree in 16 bits, and the MMDiT once more in FP8.
 
     checkpoints/octavo-demo.safetensors            MMDiT and VAE, float16, as Stability AI's single files
-    diffusion_models/octavo-demo-fp8.safetensors   MMDiT, every linear in e4m3fn with a scale, as ComfyUI's files
+    diffusion_models/octavo-demo-fp8.safetensors   MMDiT, every linear in e4m3fn with a scale, as ComfyUI's files (the
+                                                   package's was made by `octavo quantize`, see docs/embedded.md)
     text_encoders/{clip_l,clip_g,t5xxl}.safetensors, each with its vocabulary beside it
 
 The headers carry what the model is good for (`octavo.domain`, `octavo.words`) and its settings (`octavo.settings`).
