@@ -69,14 +69,13 @@ def _encode(shapes: Shapes, work: Work, stays: Mapping[str, Stays], card: Card) 
 
 
 def _modulation(shapes: Shapes, work: Work, *, streamed: bool, card: Card) -> Iterator[Task]:
-    for _ in range(work.prompts):
-        for kind, part in shapes.parts.items():
-            for i, nbytes in enumerate(part.modulation):
-                # Never rounded to FP8: few rows, so that reading the weights is all that takes time.
-                cost = costs.modulation(part, nbytes, work, itemsize=shapes.itemsize)
-                copy = nbytes if streamed else 0
-                seconds = cost.seconds(card, fp8=False)
-                yield Task(stage="modulation", name=f"{kind} {i}", compute=seconds, copy=copy, pool="modulation")
+    for kind, part in shapes.parts.items():
+        for i, nbytes in enumerate(part.modulation):
+            # Never rounded to FP8: few rows, so that reading the weights is all that takes time.
+            cost = costs.modulation(part, nbytes, work, itemsize=shapes.itemsize)
+            copy = nbytes if streamed else 0  # once for all prompts, see `MMDiT.modulations`
+            seconds = work.prompts * cost.seconds(card, fp8=False)
+            yield Task(stage="modulation", name=f"{kind} {i}", compute=seconds, copy=copy, pool="modulation")
 
 
 def _denoise(shapes: Shapes, work: Work, stays: Mapping[str, Stays], card: Card) -> Iterator[Task]:
