@@ -91,7 +91,7 @@ def demo(
 def controlnet(
     minutes: Annotated[float, typer.Option(min=0.01, help="Time for training, over all calls.")] = 17.0,
     out: Annotated[
-        Path, typer.Option(help="Folder of the run; the ControlNet is its octavo-demo-canny.safetensors, -fp16 in 16 bits.")
+        Path, typer.Option(help="Folder of the run; it leaves octavo-demo-canny.safetensors, and -fp16 in 16 bits.")
     ] = (Path("runs/controlnet")),
     pictures: Annotated[int, typer.Option(min=1, help="Pictures to draw and encode before.")] = 4096,
     seed: Annotated[int, typer.Option(help="Of the first weights and of the order of the pictures.")] = 0,
