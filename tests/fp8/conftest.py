@@ -1,13 +1,8 @@
-"""Triton's kernels run in its interpreter where there is no GPU; that has to be settled before triton is imported."""
+"""For tests of FP8: a cache of their own."""
 
-import os
 from pathlib import Path
 
 import pytest
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
