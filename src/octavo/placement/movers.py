@@ -10,6 +10,7 @@ import mmap
 import weakref
 from contextlib import suppress
 from dataclasses import dataclass, field
+from threading import RLock
 from typing import Any, Protocol
 
 import torch
@@ -157,6 +158,8 @@ class PlainMover:
     copied: int = 0
     _numbers: int = 0
     _due: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+    # Blocks and adaLN of one model share a mover, and may be called by two threads at once.
+    _turn: Any = field(default_factory=RLock)
 
     def host(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
@@ -172,21 +175,23 @@ class PlainMover:
         return made.fill_(NAN) if self.late else made
 
     def copy(self, source: Tensor, target: Tensor, after: Mark) -> Mark:
-        number = self._note("copy", target.data_ptr(), source.numel(), after)
-        self.copied += source.numel()
-        if self.late:
-            target.fill_(NAN)
-            self._due.append((number, source, target))
-        else:
-            target[: source.numel()].copy_(source)
-        return number
+        with self._turn:
+            number = self._note("copy", target.data_ptr(), source.numel(), after)
+            self.copied += source.numel()
+            if self.late:
+                target.fill_(NAN)
+                self._due.append((number, source, target))
+            else:
+                target[: source.numel()].copy_(source)
+            return number
 
     def wait(self, done: Mark) -> None:
-        if self.keep_log:
-            self.log.append(Event("wait", done))
-        while self._due and self._due[0][0] <= done:
-            _, source, target = self._due.pop(0)
-            target[: source.numel()].copy_(source)
+        with self._turn:
+            if self.keep_log:
+                self.log.append(Event("wait", done))
+            while self._due and self._due[0][0] <= done:
+                _, source, target = self._due.pop(0)
+                target[: source.numel()].copy_(source)
 
     def mark(self) -> Mark:
         return self._note("mark")
@@ -195,10 +200,11 @@ class PlainMover:
         self.wait(self._numbers)
 
     def _note(self, what: str, buffer: int = 0, nbytes: int = 0, after: int = -1) -> int:
-        self._numbers += 1
-        if self.keep_log:
-            self.log.append(Event(what, self._numbers, buffer, nbytes, after))
-        return self._numbers
+        with self._turn:
+            self._numbers += 1
+            if self.keep_log:
+                self.log.append(Event(what, self._numbers, buffer, nbytes, after))
+            return self._numbers
 
 
 NAN = 0xFF  # as every byte of a float of any size, of e4m3fn and e5m2: not a number
