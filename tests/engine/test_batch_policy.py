@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octavo.engine.policy import PATIENCE, STAY, Budget, Preference, Turns, choose
+from octavo.engine.policy import LARGEST, PATIENCE, STAY, Budget, Preference, Turns, choose
 
 
 @dataclass(eq=False)
@@ -102,6 +102,31 @@ def test_a_budget_is_halved_at_once_and_grows_back_after_patience() -> None:
     assert [now for _, now in waited] == [300, 600, 1000]
     assert waited[0][0] == 2 * PATIENCE - 1, "the second shortage in a row doubles the patience"
     assert budget.now == budget.most
+
+
+def test_turns_that_are_quick_may_be_larger_up_to_a_bound() -> None:
+    budget, speed = Budget(1000, quick=0.06), 50_000  # tokens a second: 3000 in 60 ms
+    taken = []
+    for _ in range(5):
+        taken.append(budget.tokens)
+        budget.took(taken[-1], taken[-1] / speed)
+    assert taken == [1000, 2000, 3000, 3000, 3000], "at most twice as many at once"
+    budget.took(3000, 3000 / 10_000)  # a larger model: 600 in 60 ms
+    assert budget.tokens == 1000
+    budget.took(4000, 1e-6)
+    assert budget.tokens == LARGEST * 1000
+    budget.cut(3000)
+    assert budget.tokens == 500, "memory counts first"
+    for _ in range(2 * PATIENCE):
+        budget.went_well()
+    budget.took(3000, 1e-6)
+    assert budget.tokens == 1500, "what was too much is not tried again"
+
+
+def test_a_budget_that_was_named_is_kept() -> None:
+    budget = Budget(1000)
+    budget.took(1000, 1e-6)
+    assert budget.tokens == 1000
 
 
 def test_a_single_token_is_always_allowed() -> None:

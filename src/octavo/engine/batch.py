@@ -41,7 +41,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Tokens of a turn. Where a turn of twice as many takes twice as long, more only delays those who wait.
-CPU_TOKENS = 1024  # beyond that, the embedded model's rows take no less time each
+CPU_TOKENS = 1024
+QUICK = 0.06  # seconds of a CPU's turn of more: questions of the embedded model still take less time each
 GPU_TOKENS = 16384  # of 1024x1024 px one picture with guidance, of 512x512 px six
 
 LOAD_SECONDS = 0.2  # a model that takes longer to be given was read from its file
@@ -201,7 +202,8 @@ class Batcher:
     def _admit(self, seat: Seat) -> None:
         """Let a run begin: its tables and its first question."""
         if self._budget is None:
-            self._budget = Budget(CPU_TOKENS if seat.run.x.device.type == "cpu" else GPU_TOKENS)
+            on_cpu = seat.run.x.device.type == "cpu"
+            self._budget = Budget(CPU_TOKENS, quick=QUICK) if on_cpu else Budget(GPU_TOKENS)
         try:
             self._model(seat)
             seat.begin(self._sparing([lambda: Walk(seat.run, cache=self._tables)], seat.what, seat))
@@ -228,7 +230,7 @@ class Batcher:
         """Answer the questions of some runs, and let these go on."""
         assert self._budget is not None
         start = perf_counter()
-        chosen = choose(self._preference.sort(self._seats, start), self._budget.now)
+        chosen = choose(self._preference.sort(self._seats, start), self._budget.tokens)
         answers = self._answers(chosen)
         if isinstance(answers, Short):
             self._budget.cut(sum(seat.tokens for seat in chosen))
@@ -251,6 +253,7 @@ class Batcher:
             forecast += seat.walk.step.forecast
         seconds = perf_counter() - start
         self._turns.turn_took(seconds)
+        self._budget.took(tokens, seconds)
         if self._metrics:
             self._metrics.turn(len(chosen), tokens, seconds)
             self._metrics.forecast(forecast)

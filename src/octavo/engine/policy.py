@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 
 PATIENCE = 64  # turns that must go well before a budget that was cut grows again
 MOST_PATIENCE = 4096
+LARGEST = 4  # times the budget, that a turn takes which is quick all the same
 STAY = 4.0  # a model that took a second to load is kept for so many, where others wait
 
 
@@ -86,20 +87,39 @@ class Turns:
 class Budget:
     """How many tokens a turn may take through the model: less for a while after memory was short.
 
+    Where the model is small, a turn that takes many more is still over in no time, and costs each question less.
+
     Attributes:
-        most: without any shortage.
-        now: at the moment.
+        most: without any shortage, whatever the model.
+        now: at the moment, likewise.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, *, quick: float = 0.0) -> None:
+        """Begin without a shortage.
+
+        Args:
+            most: tokens.
+            quick: seconds that a turn of more than these may take; 0 for never more.
+        """
         self.most = self.now = most
+        self._quick, self._in_time, self._roof = quick, 0, LARGEST * most
         self._patience, self._good = PATIENCE, 0
+
+    @property
+    def tokens(self) -> int:
+        """What the next turn may take."""
+        return self.now if self.now < self.most else max(self.most, min(self._in_time, self._roof))
 
     def cut(self, tokens: int) -> None:
         """Memory was too short for a turn of so many tokens: half of them, for twice as many turns as last time."""
         if self.now < self.most:
             self._patience = min(2 * self._patience, MOST_PATIENCE)
+        self._roof = min(self._roof, tokens // 2)
         self.now, self._good = max(1, min(self.now, tokens) // 2), 0
+
+    def took(self, tokens: int, seconds: float) -> None:
+        """A turn of so many tokens was over in this time. The tokens are no reason to go beyond twice as many at once."""
+        self._in_time = min(2 * tokens, int(self._quick * tokens / seconds)) if seconds > 0 else 0
 
     def went_well(self) -> None:
         """A turn was done; after enough of them the budget doubles, up to what it was."""
