@@ -9,7 +9,6 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from time import perf_counter
 
@@ -46,8 +45,8 @@ def mixed() -> list[GenerateRequest]:
 def measure_engine(repeats: int) -> None:
     """Print a line for each figure."""
     keep_freed_memory()
-    components = load(device="cpu")
     batcher = Batcher()
+    components = batcher.do(partial(load, device="cpu"))
     _overhead(components, batcher, repeats)
     _throughput(components, batcher, repeats)
     _wait(components, batcher, repeats)
@@ -57,7 +56,7 @@ def measure_engine(repeats: int) -> None:
 def _overhead(components: Components, batcher: Batcher, repeats: int) -> None:
     """Milliseconds that a step takes more by the batcher than by the plain loop, beside each other."""
     steps = 20
-    run = _run(components, GenerateRequest(prompt=PROMPTS[0], sampler="euler", steps=steps, seed=1))
+    run = _run(components, batcher, GenerateRequest(prompt=PROMPTS[0], sampler="euler", steps=steps, seed=1))
     alone, batched = partial(batcher.do, partial(solve, run, _quiet)), partial(batcher.solve, run, _quiet)
     timings = interleave({"alone": alone, "batcher": batched}, warmup=3, repeats=3 * repeats)
     extra = Timing(
@@ -95,10 +94,10 @@ def _throughput(components: Components, batcher: Batcher, repeats: int) -> None:
 def _wait(components: Components, batcher: Batcher, repeats: int) -> None:
     """How long a short run takes behind long ones: in the running batch, and first come, first served."""
     long = [
-        _run(components, GenerateRequest(prompt=PROMPTS[i % 4], steps=LONG, seed=i, sampler="euler"))
+        _run(components, batcher, GenerateRequest(prompt=PROMPTS[i % 4], steps=LONG, seed=i, sampler="euler"))
         for i in range(AHEAD)
     ]
-    short = _run(components, GenerateRequest(prompt=PROMPTS[0], steps=SHORT, seed=99, sampler="euler"))
+    short = _run(components, batcher, GenerateRequest(prompt=PROMPTS[0], steps=SHORT, seed=99, sampler="euler"))
 
     def served_in_order() -> float:
         begin = perf_counter()
@@ -143,9 +142,9 @@ def _short_among_long(batcher: Batcher, long: Sequence[Run], short: Run) -> floa
     return seconds
 
 
-def _run(components: Components, request: GenerateRequest) -> Run:
+def _run(components: Components, batcher: Batcher, request: GenerateRequest) -> Run:
     job = resolve(request, components.preset, model="", max_side=components.max_side)
-    return replace(start(components, job, prepare(components, job)))
+    return batcher.do(lambda: start(components, job, prepare(components, job)))
 
 
 def _quiet(_step: Step) -> None:

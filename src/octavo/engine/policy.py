@@ -118,7 +118,7 @@ class Budget:
         self.now, self._good = max(1, min(self.now, tokens) // 2), 0
 
     def took(self, tokens: int, seconds: float) -> None:
-        """A turn of so many tokens was over in this time. The tokens are no reason to go beyond twice as many at once."""
+        """A turn of so many tokens was over in this time; the next may take twice as many at most."""
         self._in_time = min(2 * tokens, int(self._quick * tokens / seconds)) if seconds > 0 else 0
 
     def went_well(self) -> None:

@@ -97,6 +97,14 @@ class Question:
     sigma: float
     track: Track
     needs_uncond: bool = False
+    _rows: list["_Row"] = field(default_factory=list, init=False, repr=False)
+
+    @property
+    def rows(self) -> Sequence["_Row"]:
+        """What of it goes through the model; found once, for those who plan and those who compute ask for it."""
+        if not self._rows:
+            self._rows.extend(_rows_of(self))
+        return self._rows
 
     @property
     def passes(self) -> tuple[Pass, ...]:
@@ -107,17 +115,17 @@ class Question:
     @property
     def tokens(self) -> int:
         """Tokens of text and image that answering it takes through the model, over all its rows: what it costs."""
-        return sum(len(self.x) * row.tokens for row in _rows_of(0, self))
+        return sum(len(self.x) * row.tokens for row in self.rows)
 
     @property
     def heeds(self) -> tuple[object, ...]:
         """What the answer depends on beside x and sigma; equal for two questions of a run that ask for the same."""
-        return tuple((row.which, row.placed, row.controls) for row in _rows_of(0, self))
+        return tuple((row.which, row.placed, row.controls) for row in self.rows)
 
     @property
     def shapes(self) -> set[tuple[object, ...]]:
         """What of it can share a model call with another question of the same model: that which has an equal shape."""
-        return {row.shape for row in _rows_of(0, self)}
+        return {row.shape for row in self.rows}
 
 
 def make_tables(
@@ -171,18 +179,19 @@ def denoise(mmdit: MMDiT, questions: Sequence[Question], *, most_rows: int | Non
         For each question its guided estimate of the clean latents and the unguided one of the negative prompt (the
         same as guided where the negative is not evaluated), both like its `x`.
     """
-    groups: dict[tuple[object, ...], list[_Row]] = {}
+    groups: dict[tuple[object, ...], list[tuple[int, _Row]]] = {}
     for i, question in enumerate(questions):
-        for row in _rows_of(i, question):
-            groups.setdefault(row.shape, []).append(row)
+        for row in question.rows:
+            groups.setdefault(row.shape, []).append((i, row))
 
     # By question and pass, what each condition predicts for its part of the latents.
     parts: list[dict[Pass, list[tuple[Placed, Tensor]]]] = [{which: [] for which in q.passes} for q in questions]
     for alike in groups.values():
-        rows = sorted(alike, key=lambda row: row.length)  # as `pack` likes them; those of one length keep their order
-        for row, velocity in zip(rows, _evaluate(mmdit, rows, most_rows), strict=True):
-            estimate = denoised_from_velocity(row.x, velocity, row.question.sigma)
-            parts[row.index][row.which].append((row.placed, estimate))
+        alike.sort(key=lambda each: each[1].length)  # as `pack` likes them; those of one length keep their order
+        velocities = _evaluate(mmdit, [row for _, row in alike], most_rows)
+        for (i, row), velocity in zip(alike, velocities, strict=True):
+            estimate = denoised_from_velocity(row.x, velocity, row.sigma)
+            parts[i][row.which].append((row.placed, estimate))
 
     answers = []
     for question, by_pass in zip(questions, parts, strict=True):
@@ -196,23 +205,13 @@ def denoise(mmdit: MMDiT, questions: Sequence[Question], *, most_rows: int | Non
 class _Row:
     """One condition of one pass of one question: [b, 16, height, width] of a model call."""
 
-    index: int  # of the question
-    question: Question
+    track: Track
+    sigma: float
     which: Pass
     placed: Placed
     x: Tensor  # the question's, cropped
-
-    @property
-    def shape(self) -> tuple[object, ...]:
-        """Rows of equal shape can share a call, whatever the lengths of their texts."""
-        track = self.question.track
-        nets = tuple(each.control.net for each in self.controls)
-        return (tuple(self.x.shape[1:]), track.skip_layers(self.which), track.adapters, nets)
-
-    @property
-    def controls(self) -> tuple[PlacedControl, ...]:
-        """The ControlNets that act on it now."""
-        return tuple(each for each in self.placed.control if each.active(self.question.sigma))
+    controls: tuple[PlacedControl, ...]  # the ControlNets that act on it now
+    shape: tuple[object, ...]  # rows of equal shape can share a call, whatever the lengths of their texts
 
     @property
     def length(self) -> int:
@@ -228,7 +227,7 @@ class _Row:
 
     def table(self, model: MMDiT | ControlNet, *key: object) -> Modulation:
         """The model's table for its prompt and level, one row; made where the level was not known before the run."""
-        prompt, sigma, track = self.placed.conditioning, self.question.sigma, self.question.track
+        prompt, sigma, track = self.placed.conditioning, self.sigma, self.track
         key = (*key, prompt, sigma)
         if key not in track.tables:
             adapters = track.adapters if isinstance(model, MMDiT) else ()
@@ -236,11 +235,16 @@ class _Row:
         return track.tables[key]
 
 
-def _rows_of(index: int, question: Question) -> Iterator[_Row]:
+def _rows_of(question: Question) -> Iterator[_Row]:
+    track, sigma = question.track, question.sigma
     for which in question.passes:
-        for placed in question.track.placed(which, question.x):
-            if placed.active(question.sigma):
-                yield _Row(index, question, which, placed, placed.crop(question.x))
+        for placed in track.placed(which, question.x):
+            if placed.active(sigma):
+                x = placed.crop(question.x)
+                controls = tuple(each for each in placed.control if each.active(sigma))
+                nets = tuple(each.control.net for each in controls)
+                shape = (tuple(x.shape[1:]), track.skip_layers(which), track.adapters, nets)
+                yield _Row(track, sigma, which, placed, x, controls, shape)
 
 
 def _evaluate(mmdit: MMDiT, rows: Sequence[_Row], most: int | None) -> list[Tensor]:
@@ -252,9 +256,9 @@ def _evaluate(mmdit: MMDiT, rows: Sequence[_Row], most: int | None) -> list[Tens
         latents.append(row.x.to(context.dtype))
         contexts.extend(context.expand(len(row.x), -1, -1).split_with_sizes([1] * len(row.x)))
         modulations.extend([row.table(mmdit)] * len(row.x))
-        sigmas.extend([row.question.sigma] * len(row.x))
+        sigmas.extend([row.sigma] * len(row.x))
     x = torch.cat(latents)
-    skip, adapters = rows[0].question.track.skip_layers(rows[0].which), rows[0].question.track.adapters
+    skip, adapters = rows[0].track.skip_layers(rows[0].which), rows[0].track.adapters
     pulls = []
     for same in zip(*(row.controls for row in rows), strict=True):
         net, key = same[0].control.net(), same[0].control.net
