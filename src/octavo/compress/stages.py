@@ -7,6 +7,7 @@ the stages are and what they compute, `blocks` says for MMDiTs, `control_blocks`
 b rows of a batch, L text tokens, n image tokens, D width, h and w latent pixels.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ class Batch:
         )
 
 
-class Stages:
+class Stages(ABC):
     """A part of a file, in stages; close its file when done.
 
     Args:
@@ -96,17 +97,17 @@ class Stages:
             self._origins[self.stage_of(origin.ours)].append(origin)
         self.stages = tuple(self._origins)
 
+    @abstractmethod
     def names_of_stages(self) -> Iterable[str]:
         """See `stages`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stage_of(self, name: str) -> str:
         """The stage that one of our names (of a layer, or of a tensor) belongs to."""
-        raise NotImplementedError
 
+    @abstractmethod
     def advance(self, stage: str, batches: Iterable[Batch], before: Callable[[Batch], object] = lambda _: None) -> None:
         """Take every batch through a stage that is loaded; `before` is called with each as its turn comes."""
-        raise NotImplementedError
 
     def linears(self, stage: str) -> list[str]:
         """Names of the linear layers of a stage, in the order of the model."""
