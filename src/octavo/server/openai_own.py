@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from octavo.server import pictures
+from octavo.server.fields import ControlSettings
 from octavo.server.limits import from_base64, open_picture
 from octavo.server.problems import Refused
 from octavo.server.state import State
@@ -19,21 +20,10 @@ if TYPE_CHECKING:
 MOST_CONTROLS, MOST_LORAS = 4, 16
 
 
-class ControlField(BaseModel):
+class ControlField(ControlSettings):
     """A picture to follow."""
 
-    model_config = ConfigDict(extra="forbid")
-
     image: str | None = Field(None, description="in base64, or as a data: URL; of an edit its own picture if left out")
-    type: str | None = Field(None, description="what it shows: blur, canny or depth; by this the ControlNet is found")
-    model: str | None = Field(None, max_length=1000, description="or the ControlNet's file")
-    strength: float = Field(1.0, ge=0, le=10)
-    start: float = Field(0.0, ge=0, le=1, description="fraction of the schedule from which on it acts")
-    end: float = Field(1.0, ge=0, le=1)
-    preprocess: str | None = Field(None, description="canny finds the edges of a photo first")
-    low: float = Field(0.4, gt=0, lt=4, description="thresholds of edges")
-    high: float = Field(0.8, gt=0, lt=4)
-    invert: bool = False
 
 
 class LoraField(BaseModel):

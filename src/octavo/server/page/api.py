@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from octavo.engine.events import Event
 from octavo.server import jobs
+from octavo.server.fields import ControlSettings
 from octavo.server.limits import open_picture
 from octavo.server.page.views import JobView, Models, job_view, list_models, settings_of, settings_of_part
 from octavo.server.problems import Refused
@@ -39,21 +40,10 @@ class LoraWish(BaseModel):
     text_strength: float | None = Field(None, ge=-100, le=100, description="in the text encoders; else the same")
 
 
-class ControlWish(BaseModel):
+class ControlWish(ControlSettings):
     """A picture to follow."""
 
-    model_config = ConfigDict(extra="forbid")
-
     image: str = Field(max_length=1000, description="as /octavo/pictures named it")
-    type: str | None = Field(None, description="what it shows: blur, canny or depth; by this the ControlNet is found")
-    model: str | None = Field(None, max_length=1000, description="or the ControlNet's file")
-    strength: float = Field(1.0, ge=0, le=10)
-    start: float = Field(0.0, ge=0, le=1, description="fraction of the schedule from which on it acts")
-    end: float = Field(1.0, ge=0, le=1)
-    preprocess: str | None = Field(None, description="canny finds the edges of a photo first")
-    low: float = Field(0.4, gt=0, lt=4, description="thresholds of edges")
-    high: float = Field(0.8, gt=0, lt=4)
-    invert: bool = False
 
 
 class Wish(BaseModel):
