@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from octavo.cli.generate import parse_size
+from octavo.cli.threads import Threads
 
 if TYPE_CHECKING:
     from octavo.evaluate.bench_results import Results
@@ -48,6 +49,7 @@ def bench(
     out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.svg.")] = Path("runs/bench/octavo"),
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the fastest if unsaid.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; what suits the device.")] = None,
+    threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON file instead of the table.")] = False,
 ) -> None:
     """Measure speed and memory, each time beside its share of what the device could do."""
@@ -55,8 +57,10 @@ def bench(
 
     from octavo.devices import pick_device, pick_dtype
     from octavo.evaluate.bench import JSON, SUITES, Options, run
+    from octavo.placement.threads import take_threads
 
     chosen = pick_device(device)
+    take_threads(threads, chosen, measure=model != "embedded")  # as what is measured does
     sides = parse_size(size)
     options = Options(
         model=model,

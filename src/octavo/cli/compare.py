@@ -23,6 +23,7 @@ from octavo.cli.evaluate import (
     run,
 )
 from octavo.cli.generate import parse_size
+from octavo.cli.threads import Threads
 from octavo.errors import RequestError
 
 if TYPE_CHECKING:
@@ -59,17 +60,21 @@ def compare(
     reference: ReferenceFolder = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the fastest if unsaid.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; what suits the device.")] = None,
+    threads: Threads = None,
     restart: Restart = False,
     quiet: Quiet = False,
 ) -> None:
     """Put pictures made elsewhere beside those of a report."""
+    from octavo.devices import pick_device
     from octavo.evaluate.columns import ModelColumn, parse_column
     from octavo.evaluate.comparison import Options, open_report
     from octavo.evaluate.drawn import matched
     from octavo.evaluate.metrics import require_torchmetrics
+    from octavo.placement.threads import take_threads
 
     console = _console(quiet)
     require_torchmetrics()
+    take_threads(threads, pick_device(device))
     asked: list[Prompt] = [] if prompts is None else _prompts(prompts, None, embedded=False)
     chosen: list[Column | Drawn] = []
     for text in columns:

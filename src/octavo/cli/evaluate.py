@@ -13,6 +13,7 @@ import typer
 
 from octavo.cli import memory
 from octavo.cli.generate import parse_size
+from octavo.cli.threads import Threads
 from octavo.errors import MissingExtraError, RequestError
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def evaluate(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the fastest if unsaid.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; what suits the device.")] = None,
+    threads: Threads = None,
     vram: memory.Vram = None,
     quiet: Quiet = False,
 ) -> None:
@@ -99,6 +101,7 @@ def evaluate(
     from octavo.evaluate.columns import ModelColumn, parse_column
     from octavo.evaluate.comparison import Options
     from octavo.evaluate.metrics import require_torchmetrics
+    from octavo.placement.threads import is_large, take_threads
 
     console = _console(quiet)
     require_torchmetrics()
@@ -110,7 +113,9 @@ def evaluate(
     first = columns[0]
     if not isinstance(first, ModelColumn):
         raise RequestError("The first column is the reference and must be a model; 'octavo compare' takes folders.")
-    asked = _prompts(prompts, pictures, embedded=first.load().embedded)
+    components = first.load()
+    take_threads(threads, components.device, measure=is_large(components.mmdit.skeleton))
+    asked = _prompts(prompts, pictures, embedded=components.embedded)
     settings = {
         "steps": steps, "guidance_scale": guidance, "sampler": sampler, "schedule": schedule, "shift": shift,
         **parse_size(size),

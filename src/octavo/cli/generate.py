@@ -10,7 +10,7 @@ import typer
 
 from octavo.cli import arithmetic, memory
 from octavo.cli.log import show_log
-from octavo.cli.threads import Threads, take_threads
+from octavo.cli.threads import Threads
 from octavo.errors import RequestError
 
 if TYPE_CHECKING:
@@ -190,6 +190,7 @@ def generate(
             raise RequestError(f"Several pictures are asked for but --out names one file, {out}; give a folder.")
 
     from octavo.pipeline.assemble import load
+    from octavo.placement.threads import is_large, take_threads
 
     with console.status("Loading …"):
         components = load(
@@ -218,7 +219,7 @@ def generate(
                 graphs=graphs,
             ),
         )
-    take_threads(threads, components)
+    take_threads(threads, components.device, measure=is_large(components.mmdit.skeleton))
     console.print(components.headline)
     if model is None and requests[0].model is None:
         console.print(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from octavo.cli.info import human
+from octavo.cli.threads import Threads
 from octavo.errors import RequestError
 
 if TYPE_CHECKING:
@@ -164,6 +165,7 @@ def quantize(
             help="Of the arithmetic: float32, bfloat16; as suits the device if unsaid.", rich_help_panel=MODEL
         ),
     ] = None,
+    threads: Threads = None,
     low_memory: Annotated[
         bool,
         typer.Option(
@@ -186,8 +188,11 @@ def quantize(
     from octavo.cli.generate import parse_size
     from octavo.compress.job import quantize_checkpoint
     from octavo.compress.settings import QuantizeSettings
+    from octavo.devices import pick_device
+    from octavo.placement.threads import take_threads
 
     console = Console(stderr=True, quiet=quiet, highlight=False)
+    take_threads(threads, pick_device(device), measure=True)
     settings = QuantizeSettings(
         recipe=recipe,
         form=form,  # type: ignore[arg-type]  # checked there

@@ -7,6 +7,7 @@ import typer
 
 from octavo.cli import arithmetic, memory
 from octavo.cli.generate import lora_called, parse_size, progress_bar
+from octavo.cli.threads import Threads
 from octavo.errors import RequestError
 
 EPILOG = """[bold]Examples[/]
@@ -74,6 +75,7 @@ def refine(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16; what suits the device.", rich_help_panel=MODEL)
     ] = None,
+    threads: Threads = None,
     vram: memory.Vram = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the path.")] = False,
     fast: arithmetic.Fast = False,
@@ -113,6 +115,7 @@ def refine(
     request = GenerateRequest(**drawn)
 
     from octavo.pipeline.assemble import load
+    from octavo.placement.threads import is_large, take_threads
 
     with console.status("Loading …"):
         components = load(
@@ -124,6 +127,7 @@ def refine(
             force_fp8=force_fp8,
             vram=memory.allowed(vram, device),
         )
+    take_threads(threads, components.device, measure=is_large(components.mmdit.skeleton))
     console.print(components.headline)
     for remark in dict.fromkeys([*components.warnings, *components.remarks(request.prompt)]):
         console.print(remark, style="yellow", markup=False)

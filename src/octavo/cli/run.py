@@ -12,6 +12,7 @@ import typer
 
 from octavo.cli import arithmetic, memory
 from octavo.cli.log import show_log
+from octavo.cli.threads import Threads
 from octavo.errors import OctavoError, RequestError
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def run(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16; what suits the device if unsaid.")
     ] = None,
+    threads: Threads = None,
     speed: Annotated[
         str, typer.Option(help="exact, balanced or fast: how many evaluations are forecast instead of made.")
     ] = "exact",
@@ -109,6 +111,7 @@ def run(
         from octavo.pipeline.sparing import sparing
         from octavo.pipeline.speed import speed_called
         from octavo.pipeline.tables import Tables
+        from octavo.placement.threads import take_threads
 
         settings = LoadSettings(
             models_dir=models_dir,
@@ -133,6 +136,7 @@ def run(
             ),
         )
         shelf, cache = Shelf(settings), Tables()
+        take_threads(threads, shelf.device)
         workshop = Workshop(
             shelf=shelf,
             solve=lambda run, watch: solve(replace(run, smaller=shelf.smaller), watch, cache=cache),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from octavo.cli import arithmetic, memory
+from octavo.cli.threads import Threads
 from octavo.errors import RequestError
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ def serve(
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error (info if unsaid).")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the fastest if unsaid.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; by the device if unsaid.")] = None,
+    threads: Threads = None,
     tiled_vae: Annotated[
         bool | None,
         typer.Option("--tiled-vae/--whole-vae", help="Decode in tiles, or never; by free memory if unsaid."),
@@ -163,7 +165,7 @@ def serve(
         "output_dir": output_dir, "input_dir": input_dir, "workers": workers, "queue_limit": queue_limit,
         "max_pixels": max_pixels, "max_upload_pixels": max_upload_pixels, "max_body": max_body, "speed": speed,
         "body_timeout": body_timeout, "job_timeout": job_timeout, "log_format": log_format, "log_level": log_level,
-        "device": device, "dtype": dtype, "tiled_vae": tiled_vae, "vram": vram, "vae": vae,
+        "device": device, "dtype": dtype, "threads": threads, "tiled_vae": tiled_vae, "vram": vram, "vae": vae,
         "text_encoders": _several(text_encoder),
         # A flag that is not given says nothing, so that the file may.
         **{name: value for name, value in loading.items() if value is not False},
@@ -180,6 +182,7 @@ def _start(settings: "Settings", console: "Console") -> None:
     """Check all that can be checked at once, tell the addresses, and serve."""
     check_model(settings)
     memory.allowed(settings.loading.get("vram"), settings.loading.get("device"))
+    _check_threads(settings)
     from octavo.server import logs
     from octavo.server.keys import Keys
     from octavo.server.run import Server, address_of, bind, run
@@ -211,6 +214,15 @@ def check_model(settings: "Settings") -> None:
         from octavo.checkpoint.folders import MODELS, Folders
 
         Folders.standard(settings.models_dir).find(settings.model, *MODELS)
+
+
+def _check_threads(settings: "Settings") -> None:
+    """Refuse a number of threads that means nothing here; torch is imported only where one is named."""
+    if settings.threads is not None:
+        from octavo.devices import pick_device
+        from octavo.placement.threads import check_threads
+
+        check_threads(settings.threads, pick_device(settings.loading.get("device")))
 
 
 def _greet(console: "Console", address: str, settings: "Settings", locked: bool) -> None:

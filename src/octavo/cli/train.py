@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from octavo.cli.threads import Threads
 from octavo.errors import RequestError
 
 if TYPE_CHECKING:
@@ -207,6 +208,7 @@ def distil(
         str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the fastest here if not given.", rich_help_panel=MODEL)
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.", rich_help_panel=MODEL)] = None,
+    threads: Threads = None,
     work: Annotated[
         Path | None, typer.Option(help="Folder for unfinished work, kept afterwards; beside --out if not given.")
     ] = None,
@@ -223,8 +225,11 @@ def distil(
     from octavo.cli.generate import parse_size
     from octavo.compress.finetune import finetune_checkpoint
     from octavo.compress.prompts import read_prompts
+    from octavo.devices import pick_device
+    from octavo.placement.threads import take_threads
 
     console = Console(stderr=True, highlight=False)
+    take_threads(threads, pick_device(device), measure=True)
     with _bar(console) as watch:
         result = finetune_checkpoint(
             teacher,

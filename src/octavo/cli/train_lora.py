@@ -5,6 +5,8 @@ from typing import Annotated, cast
 
 import typer
 
+from octavo.cli.threads import Threads
+
 EPILOG = """[bold]Examples[/]
 
 octavo train lora --data foxes/ --out fox.safetensors --model sd3.5_medium --rank 16 --steps 1500 --batch 1
@@ -84,6 +86,7 @@ def lora(
         str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the fastest here if unsaid.", rich_help_panel=MODEL)
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.", rich_help_panel=MODEL)] = None,
+    threads: Threads = None,
     force_fp8: Annotated[
         bool, typer.Option("--force-fp8", help="Quantize the base at load, to save memory.", rich_help_panel=MODEL)
     ] = False,
@@ -91,6 +94,7 @@ def lora(
     """Train a LoRA on a frozen model, 16-bit or FP8, from pictures with captions."""
     from octavo.checkpoint.lora_form import LoraForm
     from octavo.pipeline.assemble import load
+    from octavo.placement.threads import is_large, take_threads
     from octavo.train.lora import LoraRecipe, train_lora
 
     recipe = LoraRecipe(
@@ -114,6 +118,7 @@ def lora(
         force_fp8=force_fp8,
         planned=False,
     )
+    take_threads(threads, components.device, measure=is_large(components.mmdit.skeleton))
 
     def report(line: str) -> None:
         typer.echo(line, err=True)

@@ -216,7 +216,7 @@ def _cold(bench: Bench) -> None:
     prefix = f"cold.{wanted.name}"
     settings: dict[str, object] = {
         "steps": bench.steps, "width": bench.width, "height": bench.height,
-        "device": str(options.device), "dtype": dtype_name(options.dtype),
+        "device": str(options.device), "dtype": dtype_name(options.dtype), "threads": torch.get_num_threads(),
     }  # fmt: skip
     with tempfile.TemporaryDirectory(dir=_in_memory() if wanted.random else None) as folder:
         model: str | None = None if wanted.model == EMBEDDED else wanted.model

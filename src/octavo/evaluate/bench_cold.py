@@ -41,7 +41,7 @@ def bench_cold(settings: dict[str, object], prefix: str, results: Results, *, re
         if done.returncode:
             raise OctavoError(f"The process that draws the first picture failed:\n{done.stderr[-2000:]}")
         taken.append(json.loads(done.stdout.splitlines()[-1]))
-    told = {key: value for key, value in settings.items() if key not in ("model", "device")}
+    told = {key: value for key, value in settings.items() if key not in ("model", "device", "threads")}
     for stage in taken[0]:
         results.add(f"{prefix}.{stage}", Timing(tuple(each[stage] for each in taken[1:])), conditions=told)
 
@@ -64,14 +64,18 @@ def first_picture(settings: dict[str, object]) -> dict[str, float]:
     """Draw it; seconds by `STAGES`, and "whole".
 
     Args:
-        settings: model, steps, width, height; further ones go to `octavo.load`.
+        settings: model, steps, width, height, threads if they are not torch's own; further ones go to `octavo.load`.
     """
     marks = {"python": since_start()}
+
+    import torch
 
     import octavo
     from octavo.pipeline.generate import Progress
 
     marks["import"] = since_start()
+    if "threads" in settings:
+        torch.set_num_threads(int(str(settings.pop("threads"))))
     request = octavo.GenerateRequest(
         prompt="a large red star on a blue background", sampler="euler", seed=1,
         steps=int(str(settings.pop("steps"))), width=int(str(settings.pop("width"))),

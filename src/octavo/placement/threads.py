@@ -17,6 +17,7 @@ from pathlib import Path
 from threading import active_count
 
 import torch
+from torch import nn
 
 from octavo.devices import device_name
 from octavo.errors import RequestError
@@ -25,6 +26,7 @@ from octavo.fp8.timing import cache_folder
 logger = logging.getLogger(__name__)
 
 FILE = "threads.json"
+LARGE = 1 << 28  # weights of a model, from which on a trial takes less time than it saves
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,45 @@ class Threads:
 
     count: int
     why: str
+
+
+def take_threads(given: int | None, device: torch.device, *, measure: bool = False) -> None:
+    """Let a CPU multiply with so many threads, or with as many as are best.
+
+    Call it before weights are read, and before the thread that is to do the work has asked torch for anything: each
+    keeps the number that it found then. The calling thread and those to come take the new one.
+
+    Args:
+        given: what the user asks for.
+        device: where the work is done.
+        measure: as of `pick_threads`.
+
+    Raises:
+        RequestError: as `check_threads`.
+    """
+    check_threads(given, device)
+    if device.type == "cpu":
+        use_threads(pick_threads(given, measure=measure))
+
+
+def check_threads(given: int | None, device: torch.device) -> None:
+    """Refuse at once what cannot be heeded.
+
+    Raises:
+        RequestError: fewer threads than one, more than could ever help, or any number where the work is not a CPU's.
+    """
+    if given is None:
+        return
+    if device.type != "cpu":
+        raise RequestError(f"--threads is about CPUs, and this is on '{device}'. Leave it out.")
+    most = 4 * (os.cpu_count() or 1)
+    if not 1 <= given <= most:
+        raise RequestError(f"--threads {given}: choose 1 to {most} on this machine of {os.cpu_count()} cores.")
+
+
+def is_large(model: nn.Module) -> bool:
+    """Whether a trial of a fraction of a second pays for `model`, which may be on the meta device."""
+    return sum(weight.numel() for weight in (*model.parameters(), *model.buffers())) >= LARGE
 
 
 def pick_threads(given: int | None = None, *, measure: bool = False) -> Threads:
@@ -46,12 +87,10 @@ def pick_threads(given: int | None = None, *, measure: bool = False) -> Threads:
         measure: whether a trial, of a fraction of a second, pays where none is on record: it does for large models.
 
     Raises:
-        RequestError: fewer threads than one, or more than could ever help.
+        RequestError: as `check_threads`.
     """
-    most = 4 * (os.cpu_count() or 1)
     if given is not None:
-        if not 1 <= given <= most:
-            raise RequestError(f"{given} threads: choose 1 to {most} on this machine of {os.cpu_count()} cores.")
+        check_threads(given, torch.device("cpu"))
         return Threads(count=given, why="as asked")
     now = torch.get_num_threads()
     if os.environ.get("OMP_NUM_THREADS"):

@@ -51,6 +51,7 @@ class Settings:
     data_dir: Path = Path("data")  # queue, keys, uploads, what users keep
     output_dir: Path = Path("output")  # pictures
     input_dir: Path | None = None  # pictures to start from; None for `input` in the data folder
+    threads: int | None = None  # of a CPU; None: see `placement.threads`
     workers: int = 16  # requests under way at once
     queue_limit: int = 1000  # requests waiting, after which new ones are refused
     speed: str = "exact"  # where a request says none, and of all workflows; see `pipeline.speed`

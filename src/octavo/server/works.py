@@ -8,6 +8,7 @@ from octavo.graph.nodes import NODES
 from octavo.graph.runner import Workshop, graph_runner
 from octavo.pipeline.shelf import LoadSettings, Shelf
 from octavo.pipeline.speed import speed_called
+from octavo.placement.threads import is_large, take_threads
 from octavo.server.state import State, Works
 
 
@@ -25,6 +26,8 @@ def load(state: State) -> Works:
         keep_freed_memory()
     shelf.when_loaded = lambda part: metrics.load(f"{part.path.stem} ({part.kind})")
     # Under a budget that the owner has named, no turn is larger than what was planned for.
+    # Before the device's thread begins, for it keeps the number that it finds then.
+    take_threads(settings.threads, shelf.device, measure=is_large(components.mmdit.skeleton))
     placing = components.placing
     most = None if placing is None or not placing.budget.named else placing.tokens
     batcher = Batcher(max_tokens=most, metrics=metrics, relief=shelf.free, smaller=shelf.smaller)
