@@ -57,7 +57,9 @@ class Case:
 
 
 def cases(size: Size, kernels: Kernels, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """Every step of a block."""
+    """Every step of a block, and the rounding of a layer's input alone."""
+    from octavo.fp8.kernels.quantize import quantize_rows
+
     B, L, D = size.rows, size.tokens, size.width
     x, branch = (torch.randn(B, L, D, device=device).to(dtype) for _ in range(2))
     shift, scale, gate, shift2, scale2 = torch.randn(B, 5, D, device=device).to(dtype).unbind(1)
@@ -95,6 +97,14 @@ def cases(size: Size, kernels: Kernels, device: torch.device, dtype: torch.dtype
             lambda form=form: _rounded(F.gelu(hidden, approximate="tanh"), form),  # type: ignore[misc]
             hidden.nbytes + hidden.numel(),
         )
+        for what, rows in (("width", x.view(B * L, D)), ("hidden", hidden.view(B * L, -1))):
+            yield Case(
+                f"{what} → {form}",
+                lambda rows=rows, form=form: quantize_rows(rows, form=form),  # type: ignore[misc]
+                lambda rows=rows, form=form: _rounded(rows, form),  # type: ignore[misc]
+                lambda rows=rows, form=form: _rounded(rows, form),  # type: ignore[misc]
+                rows.nbytes + rows.numel(),
+            )
     yield Case(
         "gate, residual",
         lambda: kernels.residual(x, gate, branch),

@@ -21,7 +21,6 @@ WIDTH, HIDDEN = 2432, 9728  # of SD3.5 Large
 CAPABILITIES = (80, 89, 90)
 NATIVE = 89  # from here on the processor converts to e4m3fn
 FLOATS = ("eps", "fit")  # arguments that are numbers of 32 bits; others count or step
-POINTERS = {"fp32": ("given", "scales", "scale", "given_a", "scales_a", "given_b", "scales_b")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +64,12 @@ def cases(capability: int) -> Iterator[Case]:
             pointers = {"x": "bf16", "q": code, "scales": "fp32", "given": "fp32"}
             constants = {**rows, "GIVEN": calibrated, "BLOCK": gelu.BLOCK}
             yield Case(f"GELU into {code}", gelu._gelu_rows, pointers, constants, warps(gelu.BLOCK))
-        pointers = {"x": "bf16", "q": code, "scale": "fp32", "given": "fp32"}
-        constants = {**rows, "GIVEN": False, "BLOCK": quantize.BLOCK}
-        yield Case(f"rows into {code}", quantize._quantize_rows, pointers, constants, 4)
+        launches = [(WIDTH, False), (HIDDEN, False), *([(WIDTH, True)] if form == 1 else [])]
+        for columns, calibrated in launches:
+            part, count = quantize.part_of(columns)
+            constants = {**rows, "GIVEN": calibrated, "BLOCK": part}
+            what = f"rows of {columns} into {code}" + (" by a given scale" if calibrated else "")
+            yield Case(what, quantize._quantize_rows, pointers, constants, count)
     pointers = dict.fromkeys(("x", "gate", "branch", "new"), "bf16")
     yield Case("residual", residual._residual, pointers, {"BLOCK": residual.BLOCK}, residual.WARPS)
     for normed in (True, False):

@@ -13,8 +13,9 @@ from octavo.fp8 import E4M3FN, Fp8Linear, LinearSpec, Problem, at_sigmas, prepar
 from octavo.fp8.backends import Backend, Choice, UnusableError
 from octavo.fp8.fused import FusedOps, fuse, fused_paths
 from octavo.fp8.int8 import quantize_int8
-from octavo.fp8.matmul import BACKENDS, PLAIN_WIDE, TORCH_INT8, TRITON_W8A8
+from octavo.fp8.matmul import BACKENDS, PLAIN_WIDE, TORCH_INT8
 from octavo.fp8.modulate import DEFINITIONS, Kernels, triton_kernels
+from octavo.fp8.needs import Package
 from octavo.fp8.scale import Scaled, quantize_input
 from octavo.fp8.timing import Timings
 from octavo.fp8.verdicts import unfit
@@ -365,18 +366,17 @@ def test_a_kernel_that_fails_is_left_out_with_its_reason(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b.run_scaled is not None], ids=lambda b: b.name)
 def test_rows_in_8_bits_multiply_as_their_backend_does(backend: Backend) -> None:
     """`run` is rounding, then `run_scaled`."""
-    if backend.name.startswith("triton"):
+    by_kernel = Package("triton") in backend.needs
+    if by_kernel:
         pytest.importorskip("triton", reason="triton is not installed")
-        from octavo.fp8.kernels.quantize import ROUNDINGS, quantize_rows
+        from octavo.fp8.kernels.quantize import quantize_rows
     x, bias = torch.randn(32, 48), torch.randn(16)
     for scale in (None, torch.tensor(0.01), torch.rand(32, 1) * 0.01 + 0.001):
         scaled = weight(16, 48, granularity="row")
         ready = scaled if backend.twin is None else backend.twin(scaled)
         assert backend.form is not None
-        if backend.name.startswith("triton"):
-            rows = quantize_rows(x, scale if backend.form == "e4m3fn" else None, ROUNDINGS[backend.form])
-            if scale is not None and backend is TRITON_W8A8:
-                rows = Scaled(rows.q, scale)  # one scale for all, as the fused kernels hand it on
+        if by_kernel:
+            rows = quantize_rows(x, scale, backend.form)
         else:
             rows = quantize_input(x, scale) if backend.form == "e4m3fn" else quantize_int8(x)
         assert torch.equal(backend.run_scaled(rows, ready, bias, x.dtype), backend.run(x, ready, bias, scale))  # type: ignore[misc]

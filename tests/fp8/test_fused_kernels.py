@@ -199,11 +199,11 @@ def test_rows_of_zeros_and_huge_numbers_stay_finite(kernels: Kernels, form: Form
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_is_seen_in_its_row_and_in_no_other(kernels: Kernels, form: Form, bad: float) -> None:
-    from octavo.fp8.kernels.quantize import ROUNDINGS, quantize_rows
+    from octavo.fp8.kernels.quantize import quantize_rows
 
     x, none = tokens(1, 3, 50), torch.zeros(1, 50, device=DEVICE)
     x[0, 1, 7] = bad
-    ways = [kernels.modulated(x, Taker(none, none, form))[0], quantize_rows(x[0], fmt=ROUNDINGS[form])]
+    ways = [kernels.modulated(x, Taker(none, none, form))[0], quantize_rows(x[0], form=form)]
     ways.append(kernels.gelu(x[0], form, None))
     for rows in ways:
         assert isinstance(rows, Scaled)

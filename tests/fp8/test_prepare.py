@@ -1,7 +1,10 @@
 """A loaded model's FP8 layers get their backends once, keep them, and tell."""
 
+import os
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,11 +12,23 @@ import torch.nn.functional as F
 from torch import nn
 
 from octavo.errors import RequestError
-from octavo.fp8 import BACKENDS, E4M3FN, E5M2, Fp8Linear, LinearSpec, choose_backend, dequantize, paths, prepare
+from octavo.fp8 import (
+    BACKENDS,
+    E4M3FN,
+    E5M2,
+    Fp8Linear,
+    LinearSpec,
+    choose_backend,
+    dequantize,
+    paths,
+    prepare,
+    quantize,
+)
 from octavo.fp8.backends import Backend
 from octavo.fp8.matmul import PLAIN, plain_matmul
-from octavo.fp8.needs import Capability, DivisibleBy, OnDevice, Problem
+from octavo.fp8.needs import Capability, DivisibleBy, Mode, OnDevice, Problem
 from octavo.fp8.scale import Scaled
+from octavo.fp8.timing import Timings
 from octavo.models import MMDiT, MMDiTConfig, T5Config, T5Encoder
 from octavo.quantize import convert
 
@@ -125,7 +140,7 @@ def test_layers_are_told_by_group() -> None:
     assert report.details == ["* [8, 8], 2: plain", "*.* [4, 8], 1: plain"]
     model = small_model()
     with_gpu_names = prepare(model, CPU, torch.float32).details
-    assert any(line.startswith("not torch, triton-w8a8, triton-w8a16, ") for line in with_gpu_names)
+    assert any(line.startswith("not torch, torch-triton, triton-w8a8, triton-w8a16, ") for line in with_gpu_names)
     assert any(line.endswith(" for 2: runs on cuda, this is cpu") for line in with_gpu_names)
 
 
@@ -144,6 +159,104 @@ def test_a_gpu_that_is_said_to_multiply_in_fp8_is_tried(monkeypatch: pytest.Monk
     assert assumed.layers == {"works": 2}
     with pytest.raises(RequestError, match=r"but 'broken' fails when tried: no such instruction\. Leave"):
         prepare(small_model(), CPU, torch.float32, backends=[broken, PLAIN], assume_fp8_compute=True)
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int], Mapping[str, float]], None]:
+    """The CPU plays a GPU: of some compute capability, on which ways to multiply take given times, others 9."""
+    pytest.importorskip("triton", reason="triton is not installed")
+
+    def play(capability: tuple[int, int], times: Mapping[str, float]) -> None:
+        def problem(layer: Fp8Linear, dtype: torch.dtype, mode: Mode = "exact", _device: object = None) -> Problem:
+            return Problem(
+                N=layer.out_features, K=layer.in_features, format=layer.spec.format, dtype=dtype, mode=mode,
+                granularity=layer.spec.granularity, device="cuda", capability=capability,
+            )  # fmt: skip
+
+        monkeypatch.setattr(Fp8Linear, "problem", problem)
+        monkeypatch.setattr(Timings, "__call__", lambda _self, backend, _problem: times.get(backend.name, 9.0))
+
+    return play
+
+
+ONE_PASS = {"torch": 2.0, "torch-triton": 1.0, "torch-int8": 2.0, "torch-int8-triton": 1.0, "F.linear in bfloat16": 3.0}
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter is off")
+@pytest.mark.parametrize(
+    ("capability", "mode", "chosen"), [((9, 0), "fp8", "torch-triton"), ((8, 0), "fast", "torch-int8-triton")]
+)
+def test_where_one_pass_is_faster_layers_round_their_input_in_it(
+    played: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    mode: Mode,
+    chosen: str,
+) -> None:
+    """With no fused step before them, such as a projection after attention, and while a LoRA looks on."""
+    from octavo.fp8.kernels import quantize as kernels
+
+    played(capability, ONE_PASS)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 50))  # the second's outputs fit into no 8 nor 16
+    convert(model, dict.fromkeys("01", LinearSpec(granularity="row")))
+    for layer in model:
+        layer.q.copy_(quantize(torch.randn(layer.q.shape), E4M3FN).q)
+    x = torch.randn(20, 48).bfloat16()
+    exact = model[0](x)
+    report = prepare(model, CPU, torch.bfloat16, mode=mode, measure=True)
+    assert report.layers[chosen] == 1
+    assert report.reasons[chosen] == {f"N=50 is not divisible by {16 if capability == (9, 0) else 8}": 1}
+    assert f"measured 2.00 times as slow as '{chosen}'" in report.reasons[chosen.removesuffix("-triton")]
+    launches, real = [], kernels.quantize_rows
+
+    def counted(*arguments: Any, **named: Any) -> Scaled:
+        launches.append(arguments)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(kernels, "quantize_rows", counted)
+    y = model[0](x)
+    hook = model[0].register_forward_hook(lambda _layer, _x, out: out)
+    assert torch.equal(model[0](x), y)
+    hook.remove()
+    assert len(launches) == 2
+    assert not torch.equal(y, exact)
+    assert (y - exact).float().norm() < 0.04 * exact.float().norm()  # what 3 bits after the point leave
+
+
+@pytest.mark.parametrize("slower", ["torch-triton", "torch-int8-triton"])
+def test_one_pass_that_is_not_faster_is_not_taken(played: Callable[..., None], slower: str) -> None:
+    played((9, 0), ONE_PASS | {slower: 2.5} | {"torch": 2.0 if slower == "torch-triton" else 4.0})
+    model = nn.Sequential(nn.Linear(48, 64))
+    convert(model, {"0": LinearSpec(granularity="row")})
+    report = prepare(model, CPU, torch.bfloat16, mode="fp8" if slower == "torch-triton" else "fast", measure=True)
+    assert slower not in report.layers
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "missing", "reason"),
+    [
+        ((9, 0), torch.bfloat16, True, "the package triton is not installed"),
+        ((8, 0), torch.bfloat16, False, "needs compute capability 8.9, this device has 8.0"),
+        ((9, 0), torch.float16, False, "takes bfloat16, not float16"),
+    ],
+)
+def test_what_rounding_in_one_pass_needs_is_said(
+    played: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    missing: bool,
+    reason: str,
+) -> None:
+    played(capability, ONE_PASS)
+    if missing:
+        monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    model = nn.Sequential(nn.Linear(48, 64))
+    convert(model, {"0": LinearSpec(granularity="row")})
+    report = prepare(model, CPU, dtype, mode="fp8", measure=True)
+    assert "torch-triton" not in report.layers
+    assert report.reasons["torch-triton"] == {reason: 1}
 
 
 def test_moving_keeps_the_choice_on_the_device_and_undoes_it_elsewhere() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from octavo.errors import RequestError
 from octavo.fp8 import Choice, Fp8Linear, LinearSpec, watch
-from octavo.fp8.matmul import CPU_BLAS, PLAIN
+from octavo.fp8.matmul import CPU_BLAS, PLAIN, TORCH, TORCH_TRITON
 from octavo.models import MMDiTConfig
 from octavo.models.adapter import adapted
 from octavo.models.ops import PLAIN as PLAIN_OPS
@@ -64,6 +64,17 @@ def test_compiled_blocks_give_what_the_model_gives(traced: list[str]) -> None:
     assert torch.allclose(model(*args), expected, rtol=1e-5, atol=1e-5)
     assert traced == ["JointBlock.forward"] * 2
     assert other.choice.backend.name == "cpu-blas"
+
+
+@compiles
+def test_rounding_in_one_pass_is_left_to_the_compiler(traced: list[str]) -> None:
+    """A kernel of ours would cut the compiled code in two at each such layer."""
+    model = made()
+    model.joint_blocks[0].x_block.attn.proj = layer = Fp8Linear(128, 128, LinearSpec(granularity="row"))
+    layer.choice = Choice(TORCH_TRITON, {})
+    compile_blocks(model, CPU, "eager")
+    assert layer.choice.backend is TORCH
+    assert not traced
 
 
 @compiles

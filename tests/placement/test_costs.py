@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from octavo.fp8.int8 import quantize_int8
+from octavo.fp8.scale import quantize_input
 from octavo.models import VAE, ClipConfig, ClipTextEncoder, MMDiT, MMDiTConfig, T5Config, T5Encoder, VAEConfig
 from octavo.models import attention as attention_module
 from octavo.placement import costs
@@ -92,6 +94,15 @@ def test_passes_move_the_bytes_that_operations_read_and_write(
     tokens = WORK.rows * (WORK.image_tokens(config) * (1 + len(config.dual_attention) / config.depth) + WORK.tokens)
     stand_in = config.depth * tokens * config.width * 4 * 6  # two sums for each attention
     assert 2 * whole_step(config, model).moved == pytest.approx(live.moved - stand_in, rel=0.15)
+
+
+def test_rounding_by_torch_one_operation_after_the_other_moves_the_bytes_that_the_docs_say() -> None:
+    """abs 4, amax 2, to float32 6, division 8, clamp 8, cast 5; to INT8 it is rounded by an operation of its own."""
+    x = torch.randn(64, 1024).bfloat16()
+    for rounding, nbytes in ((lambda: quantize_input(x, None), 33), (lambda: quantize_int8(x), 41)):
+        with Live() as live:
+            rounding()
+        assert live.moved / x.numel() == pytest.approx(nbytes, rel=0.01)  # but for the rows' scales
 
 
 def test_fused_passes_move_less() -> None:

@@ -62,6 +62,20 @@ def plain_scaled(x: Scaled, weight: Scaled, bias: Tensor | None, dtype: torch.dt
     return F.linear(dequantize(x), dequantize(weight), None if bias is None else bias.float()).to(dtype)
 
 
+def triton_then_torch(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Tensor | None) -> Tensor:
+    """`gemm.torch_matmul`, its input rounded by `kernels.quantize` in one pass over memory."""
+    from octavo.fp8.kernels.quantize import quantize_rows
+
+    return gemm.torch_scaled(quantize_rows(x, input_scale), weight, bias, x.dtype)
+
+
+def triton_then_int_mm(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Tensor | None) -> Tensor:  # noqa: ARG001
+    """`int8.int_mm_matmul`, likewise."""
+    from octavo.fp8.kernels.quantize import quantize_rows
+
+    return int8.int_mm_scaled(quantize_rows(x, form="int8"), weight, bias, x.dtype)
+
+
 def triton_w8a8(x: Tensor, weight: Scaled, bias: Tensor | None, input_scale: Tensor | None) -> Tensor:
     """`kernels.matmul.w8a8`."""
     from octavo.fp8.kernels.matmul import w8a8
@@ -166,9 +180,16 @@ TORCH = Backend(
         DivisibleBy("N", 16),
     ),
 )
+TORCH_TRITON = Backend(
+    name="torch-triton",
+    about="the same, its input rounded in one pass",
+    run=triton_then_torch,
+    run_scaled=gemm.torch_scaled,
+    needs=(*TORCH.needs, Package("triton")),
+)
 TRITON_W8A8 = Backend(
     name="triton-w8a8",
-    about="FP8 by FP8, scales and bias in the epilogue",
+    about="FP8 by FP8 by a kernel of ours, scales and bias in the epilogue",
     run=triton_w8a8,
     run_scaled=triton_w8a8_scaled,
     needs=(
@@ -203,9 +224,17 @@ TORCH_INT8 = Backend(
         DivisibleBy("N", 8),
     ),
 )
+TORCH_INT8_TRITON = Backend(
+    name="torch-int8-triton",
+    about="the same, its input rounded in one pass",
+    run=triton_then_int_mm,
+    run_scaled=int8.int_mm_scaled,
+    twin=int8.int8_twin,
+    needs=(*TORCH_INT8.needs, Package("triton")),
+)
 TRITON_INT8 = Backend(
     name="triton-int8",
-    about="the same, scales and bias in the epilogue",
+    about="INT8 by INT8, scales and bias in the epilogue",
     run=triton_int8,
     run_scaled=triton_int8_scaled,
     twin=int8.int8_twin,
@@ -221,6 +250,6 @@ TRITON_INT8 = Backend(
 
 # Those behind `plain` are taken only where they are measured to be faster than all before them.
 BACKENDS: Sequence[Backend] = (
-    CPU_INT8, CPU_BF16, CPU, CPU_BLAS, TORCH, PLAIN, TRITON_W8A8, TRITON_W8A16, TORCH_INT8, TRITON_INT8,
-    PLAIN_W8A8, PLAIN_WIDE,
+    CPU_INT8, CPU_BF16, CPU, CPU_BLAS, TORCH, PLAIN, TORCH_TRITON, TRITON_W8A8, TRITON_W8A16,
+    TORCH_INT8, TORCH_INT8_TRITON, TRITON_INT8, PLAIN_W8A8, PLAIN_WIDE,
 )  # fmt: skip

@@ -19,6 +19,7 @@ from torch import nn
 
 from octavo.errors import RequestError
 from octavo.fp8 import Backend, Fp8Linear
+from octavo.fp8.matmul import TORCH, TORCH_TRITON
 from octavo.models import ControlNet, MMDiT
 from octavo.models.mmdit import JointBlock, StreamBlock
 
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 INDUCTOR = "inductor"
 # Ways to multiply by FP8 weights that are made of torch's own operators; the others' work cannot be looked into.
 TRACED = ("plain", "plain-wide", "plain-w8a8", "torch")
+# Whose rounding is one pass of its own: a compiler makes torch's one pass, too, and joins it with what comes before.
+FUSED_ANYWAY = {TORCH_TRITON.name: TORCH}
 
 
 def compile_refusal(device: torch.device, backend: str = INDUCTOR) -> str | None:
@@ -67,7 +70,7 @@ def compile_blocks(model: nn.Module, device: torch.device, backend: str = INDUCT
         raise RequestError(f"--compile is of no use here: {why}. Leave it out; nothing else depends on it.")
     for layer in (part for block in blocks for part in block.modules() if isinstance(part, Fp8Linear)):
         if layer.choice is not None and layer.choice.backend.name not in TRACED:
-            layer.choice = replace(layer.choice, backend=_opaque(layer.choice.backend))
+            layer.choice = replace(layer.choice, backend=_for_compilers(layer.choice.backend))
     for block in blocks:
         parts = weakref.WeakSet(block.modules())
         # No module, but a function in the place of its method, which must not keep its block alive.
@@ -83,8 +86,10 @@ def _blocks(model: nn.Module) -> Sequence[nn.Module]:
     return []
 
 
-def _opaque(backend: Backend) -> Backend:
-    """The same backend, called by compiled code as it is."""
+def _for_compilers(backend: Backend) -> Backend:
+    """The same backend: made of torch's operators where it may be, else called by compiled code as it is."""
+    if backend.name in FUSED_ANYWAY:
+        return FUSED_ANYWAY[backend.name]
     if backend.name not in _OPAQUE:
         run = torch.compiler.disable(backend.run)  # type: ignore[no-untyped-call]
         _OPAQUE[backend.name] = replace(backend, run=run)

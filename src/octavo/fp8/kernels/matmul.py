@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.fp8.formats import E4M3FN
-from octavo.fp8.kernels.quantize import INT8, quantize_rows
+from octavo.fp8.kernels.launch import in_rows, on
+from octavo.fp8.kernels.quantize import quantize_rows
 from octavo.fp8.scale import Scaled
 
 GROUP = 8  # tiles down M that share their part of the weight in the L2 cache
@@ -80,13 +81,12 @@ def w8a8_scaled(x: Scaled, weight: Scaled, bias: Tensor | None, dtype: torch.dty
 
 def w8a16(x: Tensor, weight: Scaled, bias: Tensor | None) -> Tensor:
     """x [M, K] bfloat16 or float16; weight [N, K] FP8, finite; bias [N] → [M, N]. Every FP8 number is exact in both."""
-    x = x if x.stride(1) == 1 else x.contiguous()
-    return _launch(x, None, weight.q.view(torch.uint8), weight.scale, bias, x.dtype, decode=weight.q.dtype)
+    return _launch(in_rows(x), None, weight.q.view(torch.uint8), weight.scale, bias, x.dtype, decode=weight.q.dtype)
 
 
 def int8(x: Tensor, twin: Scaled, bias: Tensor | None) -> Tensor:
     """x [M, K] of any floating dtype, rounded row by row to INT8; twin [N, K] INT8 by row; bias [N] → [M, N]."""
-    return int8_scaled(quantize_rows(x, fmt=INT8), twin, bias, x.dtype)
+    return int8_scaled(quantize_rows(x, form="int8"), twin, bias, x.dtype)
 
 
 def int8_scaled(x: Scaled, twin: Scaled, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -109,12 +109,13 @@ def _launch(
     block_m = 16 if M <= 16 else 64 if M <= 256 else 128
     tiles = triton.cdiv(M, block_m) * triton.cdiv(N, 128)
     if tiles:
-        _multiply[(tiles,)](
-            x, w_scale if x_scale is None else x_scale, w, w_scale, w_scale if bias is None else bias, y,
-            M, N, K, x.stride(0),
-            DECODE=decode is not None, E4M3=decode is E4M3FN.dtype, INTEGER=w.dtype == torch.int8,
-            SCALED_ROWS=x_scale is not None, EACH_ROW=int(x_scale is not None and x_scale.ndim > 0),
-            SCALED_OUTPUTS=w_scale.ndim == 2, BIAS=bias is not None,
-            BLOCK_M=block_m, BLOCK_N=128, BLOCK_K=64, GROUP=GROUP, num_warps=8, num_stages=STAGES,
-        )  # fmt: skip
+        with on(x.device):
+            _multiply[(tiles,)](
+                x, w_scale if x_scale is None else x_scale, w, w_scale, w_scale if bias is None else bias, y,
+                M, N, K, x.stride(0),
+                DECODE=decode is not None, E4M3=decode is E4M3FN.dtype, INTEGER=w.dtype == torch.int8,
+                SCALED_ROWS=x_scale is not None, EACH_ROW=int(x_scale is not None and x_scale.ndim > 0),
+                SCALED_OUTPUTS=w_scale.ndim == 2, BIAS=bias is not None,
+                BLOCK_M=block_m, BLOCK_N=128, BLOCK_K=64, GROUP=GROUP, num_warps=8, num_stages=STAGES,
+            )  # fmt: skip
     return y

@@ -1,6 +1,7 @@
 """Rows into 8 bits in one pass over memory.
 
-Plain definitions: `octavo.fp8.scale.quantize_input` for e4m3fn, `octavo.fp8.int8.quantize_int8` for INT8.
+Plain definitions: `octavo.fp8.scale.quantize_input` for e4m3fn, `octavo.fp8.int8.quantize_int8` for INT8. One program
+takes one row, in parts; without a given scale it reads the row twice, the second time from the cache.
 """
 
 from collections.abc import Mapping
@@ -13,9 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.fp8.formats import E4M3FN
+from octavo.fp8.kernels.launch import given_scale, in_rows, on
 from octavo.fp8.scale import Form, Scaled
 
-BLOCK = 1024  # columns at once
+LANE = 8  # columns that a lane takes at once: one load of 16 bytes in 16 bits
+SHORT, LONG = 1024, 2048  # columns of a part
+LONG_FROM = 4096  # columns of a row from which its parts are long
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +30,10 @@ class Rounding:
     max: float
 
 
-E4M3 = Rounding(E4M3FN.dtype, E4M3FN.max)
-INT8 = Rounding(torch.int8, 127.0)
-ROUNDINGS: Mapping[Form, Rounding] = {"e4m3fn": E4M3, "int8": INT8}
+ROUNDINGS: Mapping[Form, Rounding] = {
+    "e4m3fn": Rounding(E4M3FN.dtype, E4M3FN.max),
+    "int8": Rounding(torch.int8, 127.0),
+}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -87,19 +92,10 @@ def store_row(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _quantize_rows(  # type: ignore[no-untyped-def]
-    x,
-    q,
-    scale,
-    given,
-    columns,
-    stride,
-    GIVEN: tl.constexpr,
-    EACH: tl.constexpr,
-    INTEGER: tl.constexpr,
-    NATIVE: tl.constexpr,
-    LARGEST: tl.constexpr,
+    x, q, scales, given, columns, stride,
+    GIVEN: tl.constexpr, EACH: tl.constexpr, INTEGER: tl.constexpr, NATIVE: tl.constexpr, LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     if GIVEN:
@@ -113,8 +109,7 @@ def _quantize_rows(  # type: ignore[no-untyped-def]
             sizes = tl.maximum(sizes, tl.abs(part))
             spoilt = tl.maximum(spoilt, (part != part).to(tl.int32))
         row_scale = row_scale_of(tl.max(sizes, axis=0), tl.max(spoilt, axis=0), INTEGER, LARGEST)
-    tl.store(scale + row, row_scale)
-    # Without a scale given, the row is in the cache now.
+        tl.store(scales + row, row_scale)
     for start in range(0, columns, BLOCK):
         inside = start + offsets < columns
         part = tl.load(x + row * stride + start + offsets, mask=inside, other=0.0).to(tl.float32) / row_scale
@@ -128,17 +123,32 @@ def native(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def quantize_rows(x: Tensor, scale: Tensor | None = None, fmt: Rounding = E4M3) -> Scaled:
-    """x [M, K] → 8-bit [M, K] and scales [M, 1] float32: `scale`, [] or [M, 1], where given, else each row's own."""
+def part_of(columns: int) -> tuple[int, int]:
+    """Columns of a row that are taken at once, and by how many warps.
+
+    More warps a row are fewer rows at once: 16 of 4096 columns, or 8 of 9728, are 128 and 152 KiB in 16 bits on a
+    processor that is full, so that the second reading is served from near.
+    """
+    block = min(LONG if columns > LONG_FROM else SHORT, triton.next_power_of_2(columns))
+    return block, max(1, block // (32 * LANE))
+
+
+def quantize_rows(x: Tensor, scale: Tensor | None = None, form: Form = "e4m3fn") -> Scaled:
+    """x [M, K] in `form`, by `scale`, [] or [M, 1] float32, where that is given and for this form; else row by row.
+
+    Returns:
+        q [M, K], and the scale as it was given or [M, 1].
+    """
+    x, rounding, given = in_rows(x), ROUNDINGS[form], given_scale(form, scale)
     rows, columns = x.shape
-    x = x if x.stride(1) == 1 else x.contiguous()
-    q = torch.empty(rows, columns, dtype=fmt.dtype, device=x.device)
-    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    codes = q if fmt is INT8 else q.view(torch.uint8)
+    q = torch.empty(rows, columns, dtype=rounding.dtype, device=x.device)
+    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device) if given is None else given
+    block, warps = part_of(columns)
     if rows:
-        _quantize_rows[(rows,)](
-            x, codes, scales, scales if scale is None else scale, columns, x.stride(0),
-            GIVEN=scale is not None, EACH=int(scale is not None and scale.ndim > 0), INTEGER=fmt is INT8,
-            NATIVE=native(x.device), LARGEST=fmt.max, BLOCK=BLOCK,
-        )  # fmt: skip
+        with on(x.device):
+            _quantize_rows[(rows,)](
+                x, q.view(torch.uint8) if form == "e4m3fn" else q, scales, scales, columns, x.stride(0),
+                GIVEN=given is not None, EACH=int(given is not None and given.ndim > 0), INTEGER=form == "int8",
+                NATIVE=native(x.device), LARGEST=rounding.max, BLOCK=block, num_warps=warps,
+            )  # fmt: skip
     return Scaled(q, scales)
