@@ -37,7 +37,7 @@ from octavo.engine.metrics import Metrics
 from octavo.errors import JobError, OctavoError, RequestError
 from octavo.pipeline.components import Components
 from octavo.pipeline.encode import Conditioning, TextEncoders
-from octavo.pipeline.generate import Progress, draw, prepare
+from octavo.pipeline.generate import Progress, draw, prepare_each
 from octavo.pipeline.image import Picture, part_of
 from octavo.pipeline.pace import SHARE, Pace
 from octavo.pipeline.refine import DENOISE, NOTE, Part, Refinement, refining
@@ -91,7 +91,7 @@ def drawing(
 
         tell(Progress("encode", 0, job.batch))
         with _timed(metrics, "encode"):
-            track = batcher.do(partial(prepare, components, job, encode=encode))
+            tracks = batcher.do(partial(prepare_each, components, job, encode=encode))
 
         def one(index: int) -> Picture:
             compute_on_one_core()
@@ -104,7 +104,7 @@ def drawing(
                 tell(progress)
 
             single = replace(job, seed=job.seed + index, batch=1)
-            picture = draw(components, single, track, watch, index, job.batch, batcher.solve, batcher.do)
+            picture = draw(components, single, tracks, watch, index, job.batch, batcher.solve, batcher.do)
             if metrics is not None:
                 metrics.seconds("decode", monotonic() - decoding)
             return part.put_back(_without_paths(picture))

@@ -1,10 +1,11 @@
 """Prompt to picture: the whole job, on one page. Start reading here.
 
 Stages run in the order written; each lives in the module of the same name. Loading is in `components`, serving many
-requests at once in the engine.
+requests at once in the engine. With `hires` there are two passes: the second starts from what the first ended in, made
+larger.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, cast
@@ -14,19 +15,22 @@ from PIL import Image
 from torch import Tensor
 
 from octavo.devices import whole_processor
+from octavo.errors import NumericsError
+from octavo.fp8 import all_finite
 from octavo.pipeline.components import Components
-from octavo.pipeline.decode import OVERLAP, decode, decode_as_fits, to_uint8
+from octavo.pipeline.decode import OVERLAP, decode, decode_as_fits, encode_image, to_uint8
 from octavo.pipeline.denoise import Track
 from octavo.pipeline.editing import Source, source_of
 from octavo.pipeline.encode import Conditioning, TextEncoders, encode
+from octavo.pipeline.hires import Hires, enlarged
 from octavo.pipeline.image import Picture
 from octavo.pipeline.latents import latent_shape, latents_of, mask_of
+from octavo.pipeline.passes import Counted, guidance_of, levels_of, sides_of, work_of
 from octavo.pipeline.request import GenerateRequest, Job, resolve
 from octavo.pipeline.run import Inpaint, Run, Solve, Step, inpaint_noise, solve
 from octavo.pipeline.sparing import sparing
 from octavo.pipeline.speed import speed_called
-from octavo.placement.work import Work
-from octavo.sampling import ClassifierFree, Guidance, get_sampler, schedule
+from octavo.sampling import get_sampler
 from octavo.sampling.flow import add_noise
 from octavo.sampling.noise import initial_noise
 from octavo.text.lora_tags import spoken
@@ -39,8 +43,8 @@ class Progress:
     stage: Literal["encode", "denoise", "decode"]
     picture: int  # counts from 0
     pictures: int
-    step: int = 0  # evaluations done
-    steps: int = 0  # evaluations in all; 0 where the sampler chooses as it goes
+    step: int = 0  # evaluations done, of all passes
+    steps: int = 0  # evaluations in all; 0 where a sampler chooses as it goes
     denoised: Tensor | None = None  # the estimate so far [1, 16, h, w]
     forecast: int = 0  # of the evaluations done: those that did not ask the model, see `speed`
 
@@ -100,18 +104,18 @@ def generate_each(
     job = resolve(request, components.preset, model=components.name, max_side=components.max_side)
     watch = watch or (lambda _progress: None)
     if on_device is None:
-        what = f"a picture of {job.width}x{job.height} pixels"
+        what = "a picture of {}x{} pixels".format(*job.size)
         on_device = partial(sparing, smaller=components.smaller, what=what)
     watch(Progress("encode", 0, job.batch))
-    track = on_device(partial(prepare, components, job, encode=encode))
+    tracks = on_device(partial(prepare_each, components, job, encode=encode))
     for i in range(job.batch):
-        yield draw(components, replace(job, seed=job.seed + i, batch=1), track, watch, i, job.batch, solve, on_device)
+        yield draw(components, replace(job, seed=job.seed + i, batch=1), tracks, watch, i, job.batch, solve, on_device)
 
 
 def draw(
     components: Components,
     job: Job,
-    track: Track,
+    tracks: Sequence[Track],
     watch: Watcher,
     index: int = 0,
     pictures: int = 1,
@@ -119,57 +123,74 @@ def draw(
     on_device: OnDevice = at_once,
 ) -> Picture:
     """One picture, from its first latents to its pixels."""
-    last = Step(0, 0)
 
-    def step(at: Step) -> None:
-        nonlocal last
-        last = at
+    def tell(at: Step) -> None:
         watch(Progress("denoise", index, pictures, at.done, at.total, at.denoised, at.forecast))
 
-    run = on_device(partial(start, components, job, track))
-    latents = solve(run, step)
-    watch(Progress("decode", index, pictures, last.done, last.done, forecast=last.forecast))
+    counted = Counted(job, tell)
+    latents = solve(on_device(partial(start, components, job.passes[0], tracks[0])), counted.step)
+    for again, track in zip(job.passes[1:], tracks[1:], strict=True):
+        counted.next_pass()
+        larger = on_device(partial(enlarge, components, job, latents))
+        latents = solve(on_device(partial(start, components, again, track, larger)), counted.step)
+    done, forecast = counted.now.done, counted.now.forecast
+    watch(Progress("decode", index, pictures, done, done, forecast=forecast))
     return Picture(on_device(partial(finish, components, job, latents)), job.settings)
 
 
-@torch.inference_mode()
-@whole_processor()
 def prepare(components: Components, job: Job, *, encode: Encode = encode) -> Track:
-    """Words to numbers: all that the pictures of a job share."""
-    device, dtype = components.device, components.dtype
-    free = ClassifierFree(
-        scale=job.guidance_scale, rescale=job.guidance_rescale, start=job.guidance_start, end=job.guidance_end
-    )
-    guidance = Guidance(classifier_free=free, skip_layers=job.skip_layer_guidance)
-    sides = 2 if free.scale != 1 or get_sampler(job.sampler).needs_uncond else 1
-    shortest = components.text.positions
-    work = Work(width=job.width, height=job.height, steps=job.steps, rows=sides, prompts=sides, tokens=shortest)
-    components.fit(work)
-    stack = components.stack(job.loras)
-    text = components.text.adapted({kind: applied for kind, applied in stack.items() if kind != "mmdit"})
-    negative = None
-    if sides == 2:
-        negative = encode(text, spoken(job.negative_prompt), job.clip_skip).to(device, dtype)
-    positive = encode(text, spoken(job.prompt), job.clip_skip).to(device, dtype)
-    controls = components.controls(job.controls, job.width, job.height)
-    tokens = max(each.context.shape[1] for each in (positive, negative) if each is not None)
-    components.fit(replace(work, tokens=tokens), controls)
-    for control in controls:  # while the VAE is needed anyway, or before there is anything beside it
-        control.hint(latent_shape(job.width, job.height)[-2:])
-    components.make_room_for(components.mmdit, *components.encoders, *([components.vae] if controls else []))
-    return Track.of(positive, negative, guidance, job.shift, stack.get("mmdit", ()), controls)
+    """Words to numbers, for a job of one pass: all that its pictures share."""
+    (track,) = prepare_each(components, job, encode=encode)
+    return track
 
 
 @torch.inference_mode()
 @whole_processor()
-def start(components: Components, job: Job, track: Track) -> Run:
-    """What the first step starts from: noise, or a picture mixed with it."""
+def prepare_each(components: Components, job: Job, *, encode: Encode = encode) -> tuple[Track, ...]:
+    """Words to numbers, for each pass of a job: all that its pictures share."""
+    device, dtype, passes = components.device, components.dtype, job.passes
+    work = work_of(job, tokens=components.text.positions)
+    components.fit(work)
+    stacks = [components.stack(each.loras) for each in passes]
+    said: dict[tuple[object, ...], Conditioning] = {}
+
+    def read(words: str, of: int) -> Conditioning:
+        key = (words, passes[of].loras)
+        if key not in said:
+            text = components.text.adapted({kind: each for kind, each in stacks[of].items() if kind != "mmdit"})
+            said[key] = encode(text, spoken(words), job.clip_skip).to(device, dtype)
+        return said[key]
+
+    negatives = [read(each.negative_prompt, i) if sides_of(each) == 2 else None for i, each in enumerate(passes)]
+    positives = [read(each.prompt, i) for i, each in enumerate(passes)]
+    controls = [components.controls(job.controls, each.width, each.height) for each in passes]
+    all_controls = [control for each in controls for control in each]
+    components.fit(replace(work, tokens=max(each.context.shape[1] for each in said.values())), all_controls)
+    for each, followed in zip(passes, controls, strict=True):
+        for control in followed:  # while the VAE is needed anyway, or before there is anything beside it
+            control.hint(latent_shape(each.width, each.height)[-2:])
+    components.make_room_for(components.mmdit, *components.encoders, *([components.vae] if all_controls else []))
+    return tuple(
+        Track.of(positive, negative, guidance_of(each), each.shift, stack.get("mmdit", ()), followed)
+        for each, positive, negative, stack, followed in zip(
+            passes, positives, negatives, stacks, controls, strict=True
+        )
+    )
+
+
+@torch.inference_mode()
+@whole_processor()
+def start(components: Components, job: Job, track: Track, before: Tensor | None = None) -> Run:
+    """What the first step starts from: noise, or a picture mixed with it.
+
+    Args:
+        job: of one pass.
+        before: latents [1, 16, h, w] in place of a picture; None for the first pass.
+    """
     noise = initial_noise(latent_shape(job.width, job.height), job.seed).to(components.device)
     sampler = get_sampler(job.sampler)
-    sigmas = schedule(
-        job.schedule, job.steps, shift=job.shift, denoise=job.denoise, discard_penultimate=sampler.discard_penultimate
-    )
-    latents, inpaint = torch.zeros_like(noise), None
+    sigmas = levels_of(job)
+    latents, inpaint = torch.zeros_like(noise) if before is None else before.to(noise), None
     source = source_of(job)
     if source is not None:
         latents = latents_of(source.image, components.vae(), width=job.width, height=job.height).to(noise)
@@ -194,12 +215,35 @@ def start(components: Components, job: Job, track: Track) -> Run:
 
 @torch.inference_mode()
 @whole_processor()
+def enlarge(components: Components, job: Job, latents: Tensor) -> Tensor:
+    """From the latents of the first pass of `hires` to those that the second starts from."""
+    hires, (width, height) = cast(Hires, job.hires), job.size
+    if hires.of_latents:
+        return enlarged(latents, hires, width, height)
+    pixels = enlarged(_pixels(components, job.passes[0], latents), hires, width, height)
+    larger = encode_image(components.vae(), pixels)
+    components.make_room_for(components.mmdit, components.vae)
+    if not all_finite(larger):
+        raise NumericsError(
+            "The VAE gave NaN or infinity for the first pass of hires, made larger. In float16 it can overflow: try "
+            "--dtype bfloat16 or float32, or enlarge latents (--hires-method latent-bislerp)."
+        )
+    return larger
+
+
+@torch.inference_mode()
+@whole_processor()
 def finish(components: Components, job: Job, latents: Tensor) -> Image.Image:
     """From latents to pixels."""
-    components.make_room_for(components.vae, components.mmdit)
-    # Tiles change a picture a little: under a memory plan they are the last rung, after all that leaves it as it is.
-    decoded = decode_as_fits if components.at_last else decode
-    pixels = to_uint8(decoded(components.vae(), latents, tile=components.tile(job.width, job.height), overlap=OVERLAP))
+    pixels = to_uint8(_pixels(components, job.passes[-1], latents))
     components.done(components.vae)
     drawn = Image.fromarray(pixels[0].cpu().numpy())
     return drawn if job.outpaint is None else cast(Source, source_of(job)).kept(drawn)
+
+
+def _pixels(components: Components, job: Job, latents: Tensor) -> Tensor:
+    """What latents show [1, 3, H, W] in [-1, 1]."""
+    components.make_room_for(components.vae, components.mmdit)
+    # Tiles change a picture a little: under a memory plan they are the last rung, after all that leaves it as it is.
+    decoded = decode_as_fits if components.at_last else decode
+    return decoded(components.vae(), latents, tile=components.tile(job.width, job.height), overlap=OVERLAP)

@@ -144,6 +144,7 @@ def a1111_parameters(settings: Settings) -> str:
         "Size": f"{settings.get('width')}x{settings.get('height')}",
         "Model": settings.get("model"),
         "Denoising strength": settings.get("denoise") if settings.get("image") else None,
+        **_hires_pairs(settings.get("hires") or {}),
         "Shift": settings.get("shift"),
         "Version": f"Octavo {settings.get('version')}",
     }
@@ -152,6 +153,24 @@ def a1111_parameters(settings: Settings) -> str:
     tags = [as_tag(**lora) for lora in settings.get("loras", ())]
     prompt = " ".join([settings["prompt"], *tags])
     return "\n".join([prompt, *([f"Negative prompt: {negative}"] if negative else []), line])
+
+
+def _hires_pairs(hires: Settings) -> Settings:
+    """A second pass as AUTOMATIC1111 writes it."""
+    if not hires:
+        return {}
+    tags = [as_tag(**lora) for lora in hires.get("loras", ())]
+    return {
+        "Denoising strength": hires.get("denoise"),
+        "Hires resize": f"{hires.get('width')}x{hires.get('height')}",
+        "Hires steps": hires.get("steps"),
+        "Hires upscaler": hires.get("method"),
+        "Hires CFG Scale": hires.get("guidance_scale"),
+        "Hires sampler": hires.get("sampler"),
+        "Hires schedule type": hires.get("schedule"),
+        "Hires prompt": " ".join([hires.get("prompt") or "", *tags]).strip() or None,
+        "Hires negative prompt": hires.get("negative_prompt"),
+    }
 
 
 def _quoted(value: str) -> str:

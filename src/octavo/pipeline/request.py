@@ -5,15 +5,17 @@ and gives a `Job` without gaps, which is what the rest of the pipeline reads and
 """
 
 import secrets
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from octavo._version import __version__
 from octavo.checkpoint.presets import Preset
 from octavo.errors import RequestError
+from octavo.pipeline.bounds import check_number, check_side
 from octavo.pipeline.control_request import ControlImage
 from octavo.pipeline.editing import check_editing, outpainted_size
+from octavo.pipeline.hires import Hires
 from octavo.pipeline.speed import EXACT, speed_called
 from octavo.sampling import get_sampler, get_schedule
 from octavo.sampling.guidance import SkipLayerGuidance
@@ -35,12 +37,26 @@ class Lora:
         if not isinstance(self.name, str) or not self.name.strip():
             raise RequestError("A LoRA has no name; say which file is meant.")
         for what, value in (("strength", self.strength), ("text strength", self.text_strength)):
-            _check(f"The {what} of the LoRA '{self.name}':", value, -MAX_STRENGTH, MAX_STRENGTH)
+            check_number(f"The {what} of the LoRA '{self.name}':", value, -MAX_STRENGTH, MAX_STRENGTH)
 
     @property
     def in_text(self) -> float:
         """How strongly it acts in the text encoders."""
         return self.strength if self.text_strength is None else self.text_strength
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Plain data for JSON, without what was not asked."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+def _loras_in(prompt: str) -> tuple[Lora, ...]:
+    """Those that a prompt asks for."""
+    return tuple(Lora(tag.name, tag.strength, tag.text_strength) for tag in split_tags(prompt)[1])
+
+
+def _loras_of(settings: Iterable[Mapping[str, Any]]) -> tuple[Lora, ...]:
+    return tuple(Lora(**lora) for lora in settings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +82,7 @@ class GenerateRequest:
     mask_feather: int | None = None  # pixels over which its edge is softened
     outpaint: tuple[int, int, int, int] | None = None  # pixels to add at left, top, right, bottom of `image`
     denoise: float = 1.0  # share of the schedule that is run; below 1 keeps some of `image`
+    hires: Hires | None = None  # a second pass that makes it larger
     skip_layer_guidance: SkipLayerGuidance | None = None  # scale 0 switches it off
     guidance_rescale: float = 0.0  # how far guided predictions go back to the conditional one's contrast, 0 to 1
     guidance_start: float = 0.0  # fraction of the steps before which there is no guidance
@@ -78,14 +95,14 @@ class GenerateRequest:
     def __post_init__(self) -> None:
         if not self.prompt.strip():
             raise RequestError("The prompt is empty; say what the picture should show.")
-        _check("steps", self.steps, 1, 1000)
-        _check("guidance_scale", self.guidance_scale, 0, 100)
-        _check("shift", self.shift, 0.01, 100)
-        _check("seed", self.seed, 0, MAX_SEED)
-        _check("batch", self.batch, 1, 10_000)
-        _check("denoise", self.denoise, 0, 1)
-        _check("guidance_rescale", self.guidance_rescale, 0, 1)
-        _check("clip_skip", self.clip_skip, 1, 32)
+        check_number("steps", self.steps, 1, 1000)
+        check_number("guidance_scale", self.guidance_scale, 0, 100)
+        check_number("shift", self.shift, 0.01, 100)
+        check_number("seed", self.seed, 0, MAX_SEED)
+        check_number("batch", self.batch, 1, 10_000)
+        check_number("denoise", self.denoise, 0, 1)
+        check_number("guidance_rescale", self.guidance_rescale, 0, 1)
+        check_number("clip_skip", self.clip_skip, 1, 32)
         if split_tags(self.negative_prompt)[1]:
             raise RequestError("A LoRA acts on the whole picture: ask for it in the prompt, not in the negative one.")
         if not 0 <= self.guidance_start < self.guidance_end <= 1:
@@ -95,17 +112,20 @@ class GenerateRequest:
         if self.speed is not None:
             speed_called(self.speed)
         for side in ("width", "height"):
-            pixels = getattr(self, side)
-            if pixels is not None and (pixels < 16 or pixels % 16):
-                near = max(16, round(pixels / 16) * 16)
-                raise RequestError(
-                    f"{side} {pixels} is not a positive multiple of 16, which the model needs; use {near}."
-                )
+            check_side(side, getattr(self, side))
         check_editing(self)
-        if self.image is None and self.denoise < 1:
-            raise RequestError(f"denoise {self.denoise} keeps part of a picture, but none is given; pass --image.")
         if self.image is None and self.mask is not None:
             raise RequestError(f"mask {self.mask} marks a part of a picture, but no picture is given; pass --image.")
+        if self.image is not None and self.hires is not None:
+            raise RequestError(
+                "Hires draws from words, makes the picture larger and draws it again; here a picture to start from is "
+                "given. Leave one out: --image with a larger --size and --denoise 0.5 is the second pass alone."
+            )
+        self._check_start()
+
+    def _check_start(self) -> None:
+        if self.image is None and self.denoise < 1:
+            raise RequestError(f"denoise {self.denoise} keeps part of a picture, but none is given; pass --image.")
 
     @property
     def words(self) -> str:
@@ -119,18 +139,30 @@ class GenerateRequest:
         Raises:
             RequestError: the prompt asks for one in a way that makes no sense.
         """
-        tags = split_tags(self.prompt)[1]
-        return (*self.loras, *(Lora(tag.name, tag.strength, tag.text_strength) for tag in tags))
+        return (*self.loras, *_loras_in(self.prompt))
+
+    @property
+    def hires_loras(self) -> tuple[Lora, ...]:
+        """Those of the second pass; none where there is no such pass.
+
+        Raises:
+            RequestError: as `all_loras`.
+        """
+        if self.hires is None:
+            return ()
+        beside = self.loras if self.hires.loras is None else self.hires.loras
+        return (*beside, *_loras_in(self.hires.prompt or self.prompt))
 
     @property
     def settings(self) -> dict[str, Any]:
         """Plain data for JSON, without what was not asked; `from_settings` reads it back."""
         plain = {key: value for key, value in asdict(self).items() if value not in (None, ())}
         if self.loras:
-            each = (asdict(lora) for lora in self.loras)
-            plain["loras"] = [{key: value for key, value in lora.items() if value is not None} for lora in each]
+            plain["loras"] = [lora.settings for lora in self.loras]
         if self.controls:
             plain["controls"] = [control.settings for control in self.controls]
+        if self.hires is not None:
+            plain["hires"] = self.hires.settings
         return plain
 
     @classmethod
@@ -153,11 +185,16 @@ class GenerateRequest:
             if guidance is not None:
                 values["skip_layer_guidance"] = SkipLayerGuidance(**{**guidance, "layers": tuple(guidance["layers"])})
             if "loras" in values:
-                values["loras"] = tuple(Lora(**lora) for lora in values["loras"])
+                values["loras"] = _loras_of(values["loras"])
             if values.get("outpaint") is not None:
                 values["outpaint"] = tuple(values["outpaint"])
             if "controls" in values:
                 values["controls"] = tuple(ControlImage(**control) for control in values["controls"])
+            if values.get("hires") is not None:
+                again = {**values["hires"]}
+                if again.get("loras") is not None:
+                    again["loras"] = _loras_of(again["loras"])
+                values["hires"] = Hires(**again)
             return cls(**values)
         except (TypeError, KeyError, AttributeError) as error:
             raise RequestError(f"The settings cannot be read: {error}.") from error
@@ -177,6 +214,38 @@ class Job(GenerateRequest):
     seed: int
     speed: str
     model: str
+
+    def _check_start(self) -> None:
+        """It has been checked where it was asked; a second pass starts from the first one's latents, and no picture."""
+
+    @property
+    def passes(self) -> "tuple[Job, ...]":
+        """What is drawn one after the other, each a job without `hires`: itself or, with it, the small one first."""
+        again = self.hires
+        if again is None:
+            return (self,)
+        width, height = again.size(self.width, self.height)
+        second = replace(
+            self,
+            hires=None,
+            width=width,
+            height=height,
+            denoise=again.denoise,
+            steps=again.steps or self.steps,
+            guidance_scale=self.guidance_scale if again.guidance_scale is None else again.guidance_scale,
+            sampler=again.sampler or self.sampler,
+            schedule=again.schedule or self.schedule,
+            prompt=again.prompt or self.prompt,
+            negative_prompt=self.negative_prompt if again.negative_prompt is None else again.negative_prompt,
+            loras=self.loras if again.loras is None else again.loras,
+        )
+        return (replace(self, hires=None), second)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels of the finished picture."""
+        last = self.passes[-1]
+        return last.width, last.height
 
 
 def resolve(request: GenerateRequest, preset: Preset, *, model: str, max_side: int) -> Job:
@@ -210,22 +279,34 @@ def resolve(request: GenerateRequest, preset: Preset, *, model: str, max_side: i
         "seed": secrets.randbelow(2**32) if request.seed is None else request.seed,
         "skip_layer_guidance": request.skip_layer_guidance or preset.skip_layer_guidance,
         "speed": request.speed or EXACT.name,
+        "hires": _resolved_hires(request, width, height),
         "model": model,
         "version": __version__,
     }
     job = Job(**{field.name: getattr(request, field.name) for field in fields(request)} | filled)
-    if max(job.width, job.height) > max_side:
-        raise RequestError(
-            f"{job.width}x{job.height} is too large: this model knows positions up to {max_side} pixels a side."
-        )
+    for each in job.passes:
+        if max(each.width, each.height) > max_side:
+            raise RequestError(
+                f"{each.width}x{each.height} is too large: this model knows positions up to {max_side} pixels a side."
+            )
     if job.seed + job.batch - 1 > MAX_SEED:
         raise RequestError(f"seed {job.seed} leaves no room for {job.batch} pictures below 2^64.")
     return job
 
 
-def _check(name: str, value: float | None, low: float, high: float) -> None:
-    """A number within bounds, both included; None passes. NaN fails every comparison and so is refused."""
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise RequestError(f"{name} {value!r} is out of range: from {low} to {high}.")
+def _resolved_hires(request: GenerateRequest, width: int, height: int) -> Hires | None:
+    """The second pass with its size and proper names; what it has as the first pass does stays unsaid."""
+    again, loras = request.hires, request.hires_loras
+    if again is None:
+        return None
+    across, down = again.size(width, height)
+    return replace(
+        again,
+        scale=None,
+        width=across,
+        height=down,
+        sampler=again.sampler and get_sampler(again.sampler).name,
+        schedule=again.schedule and get_schedule(again.schedule).__name__,
+        prompt=again.prompt and split_tags(again.prompt)[0],
+        loras=None if loras == request.all_loras else loras,
+    )
