@@ -1,15 +1,14 @@
 """`octavo generate`: prompts in, picture files out. Paths go to stdout, everything else to stderr."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from octavo.cli import arithmetic, memory
+from octavo.cli import arithmetic, hires, memory
 from octavo.cli.log import show_log
+from octavo.cli.progress import progress_bar
 from octavo.cli.threads import Threads
 from octavo.errors import RequestError
 
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
 
     from octavo.pipeline.components import Components
     from octavo.pipeline.control_request import ControlImage
-    from octavo.pipeline.generate import Progress as Report
-    from octavo.pipeline.generate import Watcher
     from octavo.pipeline.request import GenerateRequest, Lora
 
 EPILOG = """[bold]Examples[/]
@@ -37,6 +34,8 @@ octavo generate "a red fox <lora:watercolour:0.8>" --lora hands.safetensors:0.6 
 octavo generate "a red heart on a white background" --control canny:photo.png --control-strength 0.8
 
 octavo generate "a park, trees" --image park.png --outpaint 256,0,256,0 --model sd3.5_large
+
+octavo generate "a harbour at dusk, photograph" --size 1024x1024 --hires 1.5 --hires-steps 20 --model sd3.5_large
 
 octavo generate --from output/octavo-00001.png --seed 7 --speed fast
 
@@ -119,6 +118,15 @@ def generate(
     ] = None,
     control_start: Annotated[float | None, typer.Option(help="Fraction of the schedule from which on it acts.")] = None,
     control_end: Annotated[float | None, typer.Option(help="Fraction of the schedule up to which it acts.")] = None,
+    hires_size: hires.Wanted = None,
+    hires_method: hires.Method = None,
+    hires_denoise: hires.Denoise = None,
+    hires_steps: hires.Steps = None,
+    hires_guidance: hires.Guidance = None,
+    hires_sampler: hires.Sampler = None,
+    hires_schedule: hires.Schedule = None,
+    hires_prompt: hires.Prompt = None,
+    hires_negative: hires.Negative = None,
     slg: Annotated[
         float | None, typer.Option(help="Scale of skip-layer guidance; 0 is off. Made for SD3.5 Medium.")
     ] = None,
@@ -181,6 +189,10 @@ def generate(
         "controls": _controls(control, strength=control_strength, start=control_start, end=control_end),
         "loras": _loras(lora), "image": str(image) if image else None, "mask": str(mask) if mask else None,
         "speed": speed, "mask_grow": mask_grow, "mask_feather": mask_feather, "outpaint": _borders(outpaint),
+        "hires": hires.asked(
+            hires_size, method=hires_method, denoise=hires_denoise, steps=hires_steps, guidance_scale=hires_guidance,
+            sampler=hires_sampler, schedule=hires_schedule, prompt=hires_prompt, negative_prompt=hires_negative,
+        ),
         **parse_size(size), **_interval(guidance_interval), **_skip_layers(slg),
     }  # fmt: skip
     requests = _requests(_texts(prompt, prompts), repeat, given)
@@ -225,7 +237,8 @@ def generate(
         console.print(
             f"No --model is given, so the small embedded one draws; 'octavo info {components.name}' tells more."
         )
-    for remark in dict.fromkeys([*components.warnings, *(r for q in requests for r in components.remarks(q.prompt))]):
+    texts = [prompt for r in requests for prompt in (r.prompt, r.hires.prompt if r.hires else None) if prompt]
+    for remark in dict.fromkeys([*components.warnings, *(r for p in texts for r in components.remarks(p))]):
         console.print(remark, style="yellow", markup=False)
     known = (components.preset.width, components.preset.height)
     if components.embedded and any((r.width or known[0], r.height or known[1]) != known for r in requests):
@@ -240,7 +253,8 @@ def _draw(
     """Draw one request, saving each picture as soon as it is finished, so that Ctrl-C keeps what is done."""
     from octavo.pipeline.generate import generate_each
 
-    with progress_bar(console, out if preview else None, components, preview) as watch:
+    folder = (out.parent if out and _is_file(out) else out) or Path("output")
+    with progress_bar(console, components, folder if preview else None) as watch:
         for picture in generate_each(components, request, watch=watch):
             path = picture.save(_target(out))
             print(path, flush=True)
@@ -269,8 +283,10 @@ def _requests(texts: list[str], repeat: Path | None, given: dict[str, Any]) -> l
     from octavo.pipeline.request import GenerateRequest
 
     given = {key: value for key, value in given.items() if value is not None}
-    if repeat is not None:
-        base = GenerateRequest.from_settings(read_settings(repeat))
+    base = None if repeat is None else GenerateRequest.from_settings(read_settings(repeat))
+    if "hires" in given:
+        given["hires"] = hires.laid_over(base.hires if base else None, given["hires"])
+    if base is not None:
         return [replace(base, **given, prompt=text) for text in texts] or [replace(base, **given)]
     if not texts:
         raise RequestError('Say what to draw: octavo generate "a red star", --prompts FILE, or --from PICTURE.')
@@ -358,39 +374,3 @@ def _target(out: Path | None) -> Path:
     folder = out or Path("output")
     numbers = [int(p.stem[7:]) for p in folder.glob("octavo-*.png") if p.stem[7:].isdigit()]
     return folder / f"octavo-{max(numbers, default=0) + 1:05}.png"
-
-
-@contextmanager
-def progress_bar(console: "Console", out: Path | None, components: "Components", preview: bool) -> Iterator["Watcher"]:
-    """A bar with step rate and time left, and the preview file if wanted."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=console.quiet) as bar:
-        task = bar.add_task("", total=None, rate="")
-
-        def watch(progress: "Report") -> None:
-            if progress.stage == "decode" and progress.forecast:
-                console.print(f"{progress.forecast} of {progress.step} evaluations were forecast.", style="dim")
-            of = f" {progress.picture + 1}/{progress.pictures}" if progress.pictures > 1 else ""
-            speed = bar.tasks[0].speed
-            bar.update(
-                task,
-                description=f"{progress.stage}{of}",
-                total=progress.steps or None,
-                completed=progress.step,
-                rate=f"{speed:.2f} it/s" if speed else "",
-            )
-            if preview and progress.denoised is not None:
-                path = (out.parent if out and _is_file(out) else out) or Path("output")
-                path.mkdir(parents=True, exist_ok=True)
-                components.preview(progress.denoised).save(path / "preview.png")
-
-        yield watch

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from octavo.cli import arithmetic, memory
-from octavo.cli.generate import lora_called, parse_size, progress_bar
+from octavo.cli.generate import lora_called, parse_size
+from octavo.cli.progress import progress_bar
 from octavo.cli.threads import Threads
 from octavo.errors import RequestError
 
@@ -131,7 +132,7 @@ def refine(
     console.print(components.headline)
     for remark in dict.fromkeys([*components.warnings, *components.remarks(request.prompt)]):
         console.print(remark, style="yellow", markup=False)
-    with progress_bar(console, None, components, preview=False) as watch:
+    with progress_bar(console, components) as watch:
         refined = run(components, str(picture), request, refinement, denoise=denoise, watch=watch)
     print(refined.save(target), flush=True)
 
