@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,13 @@ def draw_at_once(task: Task, output_dir: Path) -> dict[str, Any]:
     steps = int(request.prompt.split()[1]) if request.prompt.startswith("slow ") else request.steps or 2
     seed = 1234 if request.seed is None else request.seed
     width, height = request.width or 64, request.height or 64
+    size = width, height
+    if request.hires is not None:
+        size = request.hires.size(width, height)
+        request = replace(request, hires=replace(request.hires, scale=None, width=size[0], height=size[1]))
     pictures = []
     for number in range(request.batch):
-        image = Image.new("RGB", (width, height), ((seed + number) % 256, number, 77))
+        image = Image.new("RGB", size, ((seed + number) % 256, number, 77))
         for step in range(steps):
             task.check()
             task.emit("progress", {"value": step + 1, "max": steps})

@@ -70,9 +70,8 @@ def test_what_is_looked_up(client: webuiapi.WebUIApi) -> None:
     assert client.get_memory()["ram"]["total"] > 0
     client.util_wait_for_ready()
     for nothing in (client.get_hypernetworks, client.get_face_restorers, client.get_prompt_styles, client.get_loras,
-                    client.get_latent_upscale_modes, client.get_realesrgan_models, client.get_cmd_flags):  # fmt: skip
+                    client.get_realesrgan_models, client.get_cmd_flags):  # fmt: skip
         assert not nothing()
-    assert client.get_upscalers()[0]["name"] == "None"
     assert client.get_embeddings()["loaded"] == {}
     assert client.refresh_checkpoints() is None
     assert client.get_sd_vae() is not None
@@ -133,7 +132,8 @@ def test_basic_auth_opens_with_the_key_as_password(tmp_path: Any) -> None:
 
 
 REFUSED: list[tuple[str, dict[str, Any]]] = [
-    ("enable_hr", {"enable_hr": True}), ("subseed_strength", {"subseed_strength": 0.1}), ("styles", {"styles": ["x"]}),
+    ("firstphase_width", {"enable_hr": True, "firstphase_width": 512}),
+    ("subseed_strength", {"subseed_strength": 0.1}), ("styles", {"styles": ["x"]}),
     ("restore_faces", {"restore_faces": True}), ("tiling", {"tiling": True}), ("eta", {"eta": 0.3}),
     ("s_churn", {"s_churn": 1}), ("s_noise", {"s_noise": 1.01}), ("script_name", {"script_name": "x/y/z plot"}),
     ("alwayson_scripts", {"alwayson_scripts": {"ADetailer": {"args": [{"ad_model": "x"}]}}}),

@@ -191,13 +191,23 @@ class GenerateRequest:
             if "controls" in values:
                 values["controls"] = tuple(ControlImage(**control) for control in values["controls"])
             if values.get("hires") is not None:
-                again = {**values["hires"]}
-                if again.get("loras") is not None:
-                    again["loras"] = _loras_of(again["loras"])
-                values["hires"] = Hires(**again)
+                values["hires"] = hires_of(values["hires"])
             return cls(**values)
         except (TypeError, KeyError, AttributeError) as error:
             raise RequestError(f"The settings cannot be read: {error}.") from error
+
+
+def hires_of(settings: Mapping[str, Any]) -> Hires:
+    """What `Hires.settings` gave.
+
+    Raises:
+        RequestError: it makes no sense.
+        TypeError: names or values of another kind.
+    """
+    values = {**settings}
+    if values.get("loras") is not None:
+        values["loras"] = _loras_of(values["loras"])
+    return Hires(**values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

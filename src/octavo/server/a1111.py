@@ -12,7 +12,7 @@ from PIL import Image
 from octavo._version import __version__
 from octavo.engine.jobs import Stored
 from octavo.pipeline.inpaint import Prepared, ResizeMode, prepare
-from octavo.server import a1111_control, a1111_lists, jobs, pictures
+from octavo.server import a1111_control, a1111_hires, a1111_lists, jobs, pictures
 from octavo.server.a1111_fields import (
     SAMPLER_NAMES,
     SCHEDULE_LABELS,
@@ -70,6 +70,8 @@ async def _draw(
         prepared = await asyncio.to_thread(_prepared, body, *start, (wishes["width"], wishes["height"]))
         wishes |= await asyncio.to_thread(_kept, prepared, state)
         wishes["denoise"] = body.denoising_strength
+    if isinstance(body, TextToImage):
+        wishes["hires"] = a1111_hires.hires_of(body, preset)
     size = body.width or preset.width, body.height or preset.height
     scripts = body.alwayson_scripts or {}
     wishes["controls"] = await a1111_control.controls_of(scripts, state, wishes.get("image"), size)
@@ -136,7 +138,7 @@ def _info(body: Drawing, stored: Stored, done: list[Made]) -> dict[str, Any]:
 
     settings = dict(done[0].settings) if done else {}
     seeds = [each.seed for each in done]
-    sampler = str(settings.get("sampler", ""))
+    sampler, hires = str(settings.get("sampler", "")), settings.get("hires") or {}
     return {
         "prompt": body.prompt,
         "all_prompts": [body.prompt] * len(done),
@@ -161,9 +163,10 @@ def _info(body: Drawing, stored: Stored, done: list[Made]) -> dict[str, Any]:
         "sd_vae_hash": None,
         "seed_resize_from_w": -1,
         "seed_resize_from_h": -1,
-        "denoising_strength": getattr(body, "denoising_strength", None),
+        "denoising_strength": hires.get("denoise", getattr(body, "denoising_strength", None)),
         "extra_generation_params": {
-            "Schedule type": SCHEDULE_LABELS.get(str(settings.get("schedule")), settings.get("schedule"))
+            "Schedule type": SCHEDULE_LABELS.get(str(settings.get("schedule")), settings.get("schedule")),
+            **a1111_hires.told(hires),
         },
         "index_of_first_image": 0,
         "infotexts": [a1111_parameters(dict(each.settings)) for each in done],

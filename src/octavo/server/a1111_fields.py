@@ -16,7 +16,7 @@ from octavo.server.problems import Refused
 
 NOTHING = (None, "", "None", 0, False)
 OTHER_NETWORKS = re.compile(r"<(hypernet|lyco):", re.IGNORECASE)  # <lora:…> is known to the pipeline
-AUTOMATIC = ("", "automatic", "use same sampler", "none")
+AUTOMATIC = ("", "automatic", "use same sampler", "use same scheduler", "none")
 # How A1111 writes the samplers that it shares with us; the others go by our names.
 SAMPLER_NAMES: Mapping[str, str] = {
     "euler": "Euler", "euler_ancestral": "Euler a", "heun": "Heun", "lms": "LMS", "dpm_2": "DPM2",
@@ -83,22 +83,22 @@ class Drawing(BaseModel):
 class TextToImage(Drawing):
     """POST /sdapi/v1/txt2img"""
 
-    enable_hr: bool = False
+    enable_hr: bool = Field(False, description="draw it again, larger; see `a1111_hires`")
     # Of no account while enable_hr is off
     denoising_strength: float | None = None
-    firstphase_width: int = 0
+    firstphase_width: int = Field(0, description="must be 0: the first pass is drawn at width and height")
     firstphase_height: int = 0
     hr_scale: float = 2.0
-    hr_upscaler: str | None = None
-    hr_second_pass_steps: int = 0
-    hr_resize_x: int = 0
+    hr_upscaler: str | None = Field(None, description="as /sdapi/v1/upscalers and latent-upscale-modes name them")
+    hr_second_pass_steps: int = Field(0, description="0 for as many as the first pass has")
+    hr_resize_x: int = Field(0, description="goes before hr_scale; 0 follows from the other side")
     hr_resize_y: int = 0
-    hr_checkpoint_name: str | None = None
+    hr_checkpoint_name: str | None = Field(None, description="must be the same")
     hr_sampler_name: str | None = None
     hr_scheduler: str | None = None
-    hr_prompt: str = ""
+    hr_prompt: str = Field("", description="of the second pass; empty for the same")
     hr_negative_prompt: str = ""
-    hr_additional_modules: list[str] | None = None
+    hr_additional_modules: list[str] | None = Field(None, description="must be the same")
     hr_cfg: float | None = None
 
 
@@ -139,7 +139,7 @@ def _quiet_scripts(scripts: Any) -> bool:
 
 # By field, whether a value changes nothing.
 NEUTRAL: Mapping[str, Callable[[Any], bool]] = {
-    "enable_hr": _empty, "subseed_strength": _empty, "styles": _empty, "restore_faces": _empty, "tiling": _empty,
+    "subseed_strength": _empty, "styles": _empty, "restore_faces": _empty, "tiling": _empty,
     "seed_resize_from_h": lambda value: value <= 0, "seed_resize_from_w": lambda value: value <= 0,
     "firstphase_width": _empty, "firstphase_height": _empty, "firstpass_image": _empty,
     "eta": lambda value: value in (None, 1), "s_min_uncond": _empty, "s_churn": _empty, "s_tmin": _empty,
@@ -162,8 +162,8 @@ def check_neutral(body: Drawing) -> None:
         value = getattr(body, name, None)
         if name in type(body).model_fields and not changes_nothing(value):
             raise unknown(name, f"{name} {value!r:.60} is not done by Octavo; leave it out.")
-    for name in ("prompt", "negative_prompt"):
-        if found := OTHER_NETWORKS.search(getattr(body, name)):
+    for name in ("prompt", "negative_prompt", "hr_prompt", "hr_negative_prompt"):
+        if found := OTHER_NETWORKS.search(getattr(body, name, "")):
             raise unknown(name, f"{name}: Octavo reads <lora:name:strength>, but no {found[0]}…>.")
 
 

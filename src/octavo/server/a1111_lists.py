@@ -10,6 +10,7 @@ from fastapi import APIRouter
 
 from octavo.server import pictures
 from octavo.server.a1111_fields import SAMPLER_NAMES, SCHEDULE_LABELS, unknown
+from octavo.server.a1111_hires import LATENT_MODES, UPSCALERS
 from octavo.server.settings import SPEED_NAMES
 from octavo.server.state import State, TheState
 
@@ -182,11 +183,17 @@ async def cmd_flags() -> dict[str, Any]:
 
 @router.get("/upscalers")
 async def upscalers() -> list[dict[str, Any]]:
-    """None; larger pictures are drawn in ComfyUI's workflows."""
-    return [{"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 1}]
+    """Ways to enlarge pixels that `hr_upscaler` takes; no upscaling models."""
+    unknown_yet = {"model_name": None, "model_path": None, "model_url": None, "scale": 4}
+    return [{"name": name} | unknown_yet for name in UPSCALERS]
 
 
 @router.get("/latent-upscale-modes")
+async def latent_upscale_modes() -> list[dict[str, Any]]:
+    """Ways to enlarge latents that `hr_upscaler` takes."""
+    return [{"name": name} for name in LATENT_MODES]
+
+
 @router.get("/hypernetworks")
 @router.get("/face-restorers")
 @router.get("/realesrgan-models")

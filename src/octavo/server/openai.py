@@ -99,10 +99,10 @@ async def _form(form: FormData, max_pixels: int) -> tuple[Edits, Image.Image, Im
             )
         elif isinstance(value, str) and name not in fields and "[" not in name:
             fields[name] = value
-        elif name.startswith(("controls[", "loras[")):
+        elif name.startswith(("controls[", "loras[", "hires[")):
             what = name.partition("[")[0]
             raise Refused(
-                f"{what}: an edit is a form; write them as JSON, extra_body={{'{what}': json.dumps([…])}}.", param=what
+                f"{what}: an edit is a form; write it as JSON, extra_body={{'{what}': json.dumps(…)}}.", param=what
             )
         else:
             raise Refused(f"{key[:60]}: this field is not known here, or comes twice.", param=key[:60])
@@ -152,7 +152,7 @@ async def _ordered(
             wishes["denoise"] = body.denoise
         if prepared.mask is not None:
             wishes["mask"] = await asyncio.to_thread(pictures.keep_upload, prepared.mask, state.settings.uploads)
-    wishes |= await asyncio.to_thread(own_wishes, body.controls, body.loras, state, wishes.get("image"))
+    wishes |= await asyncio.to_thread(own_wishes, body, state, wishes.get("image"))
     asked = pictures.request_of(wishes, state.settings, preset)
     await pictures.check_loras(state, asked)
     await check_controls(state, model, asked)
@@ -270,7 +270,8 @@ def _base64(data: bytes) -> str:
 
 
 def _size(made: Made) -> str:
-    return f"{made.settings['width']}x{made.settings['height']}"
+    sides = made.settings.get("hires") or made.settings
+    return f"{sides['width']}x{sides['height']}"
 
 
 @router.get("/images/files/{ticket}/{name:path}", response_class=FileResponse)

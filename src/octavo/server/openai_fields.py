@@ -7,7 +7,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from octavo.errors import RequestError
-from octavo.server.openai_own import MOST_CONTROLS, MOST_LORAS, ControlField, LoraField, listed
+from octavo.server.fields import MOST_LORAS, HiresSettings, LoraSettings
+from octavo.server.openai_own import MOST_CONTROLS, ControlField, as_json
 from octavo.server.problems import Refused
 
 SIZE = re.compile(r"([1-9]\d{1,4})x([1-9]\d{1,4})")
@@ -51,12 +52,13 @@ class Images(BaseModel):
         None, description="how many evaluations of the model are forecast instead of made; the server's own if left out"
     )
     controls: list[ControlField] = Field([], max_length=MOST_CONTROLS, description="pictures to follow")
-    loras: list[LoraField] = Field([], max_length=MOST_LORAS, description="beside those that the prompt names")
+    loras: list[LoraSettings] = Field([], max_length=MOST_LORAS, description="beside those that the prompt names")
+    hires: HiresSettings | None = Field(None, description="draw it again, larger; not of edits")
 
-    @field_validator("controls", "loras", mode="before")
+    @field_validator("controls", "loras", "hires", mode="before")
     @classmethod
-    def _listed(cls, value: Any) -> Any:
-        return listed(value)
+    def _as_json(cls, value: Any) -> Any:
+        return as_json(value)
 
     @property
     def form(self) -> str:

@@ -1,11 +1,10 @@
-"""What Octavo's users add to OpenAI's API for a picture: ControlNets and LoRAs, as `extra_body` of OpenAI's client."""
+"""What Octavo's users add to OpenAI's API for a picture, as `extra_body`: ControlNets, LoRAs, a second pass."""
 
 import asyncio
 import json
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from octavo.server import pictures
 from octavo.server.fields import ControlSettings
@@ -16,8 +15,9 @@ from octavo.server.state import State
 if TYPE_CHECKING:
     from octavo.pipeline.control_request import ControlImage
     from octavo.pipeline.request import GenerateRequest
+    from octavo.server.openai_fields import Images
 
-MOST_CONTROLS, MOST_LORAS = 4, 16
+MOST_CONTROLS = 4
 
 
 class ControlField(ControlSettings):
@@ -26,29 +26,17 @@ class ControlField(ControlSettings):
     image: str | None = Field(None, description="in base64, or as a data: URL; of an edit its own picture if left out")
 
 
-class LoraField(BaseModel):
-    """A LoRA and how strongly it acts."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    name: str = Field(max_length=1000)
-    strength: float = Field(1.0, ge=-100, le=100)
-    text_strength: float | None = Field(None, ge=-100, le=100, description="in the text encoders; else the same")
-
-
-def listed(value: Any) -> Any:
-    """A list as JSON bodies have it; forms, where all is text, have it as JSON in one field."""
+def as_json(value: Any) -> Any:
+    """A list or an object as JSON bodies have it; forms, where all is text, have it as JSON in one field."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
-        raise ValueError("write it as JSON, such as json.dumps([…])") from None
+        raise ValueError("write it as JSON, by json.dumps(…)") from None
 
 
-def own_wishes(
-    controls: Sequence[ControlField], loras: Sequence[LoraField], state: State, image: str | None
-) -> dict[str, Any]:
+def own_wishes(body: "Images", state: State, image: str | None) -> dict[str, Any]:
     """The fields of `GenerateRequest`; pictures are kept for the job.
 
     Args:
@@ -56,15 +44,17 @@ def own_wishes(
 
     Raises:
         Refused: a control has no picture, or one that is none.
-        RequestError: a control makes no sense.
+        RequestError: a control or the second pass makes no sense.
     """
-    from octavo.pipeline.request import Lora
+    from octavo.pipeline.request import Lora, hires_of
 
     found: dict[str, Any] = {}
-    if controls:
-        found["controls"] = tuple(_control(each, i, state, image) for i, each in enumerate(controls))
-    if loras:
-        found["loras"] = tuple(Lora(**each.model_dump()) for each in loras)
+    if body.controls:
+        found["controls"] = tuple(_control(each, i, state, image) for i, each in enumerate(body.controls))
+    if body.loras:
+        found["loras"] = tuple(Lora(**each.model_dump()) for each in body.loras)
+    if body.hires is not None:
+        found["hires"] = hires_of(body.hires.said)
     return found
 
 

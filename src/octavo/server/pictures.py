@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from octavo.checkpoint.folders import Folders, ModelFile
     from octavo.checkpoint.presets import Preset
     from octavo.engine.jobs import Stored
+    from octavo.pipeline.hires import Hires
     from octavo.pipeline.request import GenerateRequest
     from octavo.server.state import State
 
@@ -61,7 +62,10 @@ def request_of(wishes: Mapping[str, Any], settings: Settings, preset: "Preset") 
     from octavo.pipeline.request import GenerateRequest
     from octavo.sampling import get_sampler, get_schedule
 
+    hires: Hires | None = wishes.get("hires")
     prompts = [wishes.get("prompt") or "", wishes.get("negative_prompt") or ""]
+    if hires is not None:
+        prompts += [hires.prompt or "", hires.negative_prompt or ""]
     if max(map(len, prompts)) > LONGEST_PROMPT:
         raise RequestError(f"A prompt may have {LONGEST_PROMPT} letters here; this one has {max(map(len, prompts))}.")
     for prompt in prompts:
@@ -71,13 +75,17 @@ def request_of(wishes: Mapping[str, Any], settings: Settings, preset: "Preset") 
         raise RequestError(f"{wishes['batch']} pictures are asked for; {MOST_PICTURES} are drawn at a time.")
     given = {name: value for name, value in wishes.items() if value is not None}
     request = GenerateRequest(**{"speed": settings.speed} | given)
-    if request.sampler is not None:
-        get_sampler(request.sampler)
-    if request.schedule is not None:
-        get_schedule(request.schedule)
+    for sampler in (request.sampler, hires.sampler if hires else None):
+        if sampler is not None:
+            get_sampler(sampler)
+    for schedule in (request.schedule, hires.schedule if hires else None):
+        if schedule is not None:
+            get_schedule(schedule)
     width, height = request.width or preset.width, request.height or preset.height
+    if hires is not None:
+        width, height = hires.size(width, height)
     if width * height > settings.max_pixels:
-        usual = "" if request.width or request.height else ", which suits the model,"
+        usual = "" if request.width or request.height or hires else ", which suits the model,"
         raise RequestError(
             f"{width}x{height}{usual} is larger than the {settings.max_pixels} pixels that this server draws "
             "(--max-pixels). Ask for a smaller size."
@@ -191,7 +199,7 @@ async def check_loras(state: "State", request: "GenerateRequest") -> None:
         ModelNotFoundError: says which there are.
         RequestError: the prompt asks for one in a way that makes no sense.
     """
-    loras = request.all_loras
+    loras = dict.fromkeys((*request.all_loras, *request.hires_loras))
     if loras:
         works = await state.until_started()
         for lora in loras:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from octavo.engine.events import Event
 from octavo.server import jobs
-from octavo.server.fields import ControlSettings
+from octavo.server.fields import MOST_LORAS, ControlSettings, HiresSettings, LoraSettings
 from octavo.server.limits import open_picture
 from octavo.server.page.views import JobView, Models, job_view, list_models, settings_of, settings_of_part
 from octavo.server.problems import Refused
@@ -28,16 +28,6 @@ router = APIRouter(prefix="/octavo", tags=["octavo"])
 
 HEARTBEAT = 15.0  # seconds after which a silent stream says that it lives
 PICTURES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
-
-
-class LoraWish(BaseModel):
-    """A LoRA and how strongly it acts."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    name: str = Field(max_length=1000)
-    strength: float = Field(1.0, ge=-100, le=100)
-    text_strength: float | None = Field(None, ge=-100, le=100, description="in the text encoders; else the same")
 
 
 class ControlWish(ControlSettings):
@@ -53,8 +43,8 @@ class Wish(BaseModel):
 
     prompt: str = Field(max_length=20_000)
     negative_prompt: str = Field("", max_length=20_000)
-    loras: list[LoraWish] = Field(
-        [], max_length=16, description="as /octavo/models lists them; the prompt can name more"
+    loras: list[LoraSettings] = Field(
+        [], max_length=MOST_LORAS, description="as /octavo/models lists them; the prompt can name more"
     )
     model: str | None = Field(None, description="name of a model, as /octavo/models lists them")
     width: int | None = None
@@ -73,6 +63,7 @@ class Wish(BaseModel):
     outpaint: tuple[int, int, int, int] | None = Field(None, description="pixels to add at left, top, right, bottom")
     controls: list[ControlWish] = Field([], max_length=4, description="pictures to follow")
     denoise: float = Field(1.0, description="how much of the picture is drawn anew")
+    hires: HiresSettings | None = Field(None, description="draw it again, larger")
     clip_skip: int = 2
     guidance_rescale: float = 0.0
     guidance_start: float = 0.0
@@ -99,7 +90,7 @@ class RefineWish(BaseModel):
     context: int = Field(32, ge=0, le=4096, description="pixels around it that the model sees and does not change")
     feather: int = Field(8, ge=0, le=1024, description="pixels over which new and old are blended")
     follow_edges: float = Field(0.0, ge=0, le=10, description="strength of a Canny ControlNet that keeps its outlines")
-    loras: list[LoraWish] = Field([], max_length=16)
+    loras: list[LoraSettings] = Field([], max_length=MOST_LORAS)
     model: str | None = None
     width: int | None = Field(None, description="that the part is enlarged to")
     height: int | None = None

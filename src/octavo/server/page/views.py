@@ -148,12 +148,13 @@ def settings_of(state: State, model: str | None, asked: Mapping[str, Any]) -> tu
     components = state.shelf.components(name)
     request = GenerateRequest.from_settings({"speed": state.settings.speed} | dict(asked))
     job = resolve(request, components.preset, model=components.name, max_side=components.max_side)
-    components.stack(job.loras)
-    if job.width * job.height > state.settings.max_pixels:
-        raise RequestError(
-            f"{job.width}x{job.height} is more than the {state.settings.max_pixels} pixels that this server draws; "
-            "take a smaller size, or start it with --max-pixels."
-        )
+    for each in job.passes:
+        components.stack(each.loras)
+        if each.width * each.height > state.settings.max_pixels:
+            raise RequestError(
+                f"{each.width}x{each.height} is more than the {state.settings.max_pixels} pixels that this server "
+                "draws; take a smaller size, or start it with --max-pixels."
+            )
     components.controls(job.controls, job.width, job.height)
     return name, job.settings
 
