@@ -24,6 +24,7 @@ from octavo.engine.queue import Queue
 from octavo.engine.service import Service
 from octavo.errors import JobCancelledError, JobError, ModelNotFoundError, NumericsError, RequestError
 from octavo.pipeline.generate import prepare, start
+from octavo.pipeline.hires import Hires
 from octavo.pipeline.image import read_settings
 from octavo.pipeline.request import resolve
 from octavo.pipeline.run import solve
@@ -137,6 +138,39 @@ def test_in_company_a_picture_is_the_same_within_a_level(
         with Image.open(tmp_path / "output" / result["pictures"][0]["path"]) as image:
             worst = max(high for _, high in ImageChops.difference(image.convert("RGB"), expected).getextrema())
         assert worst <= 1
+
+
+def test_second_passes_are_drawn_in_company_too(runner: Runner, shelf: Shelf, tmp_path: Path) -> None:
+    """Alone the very picture of `generate`; beside others of both sizes the same within a level, as above."""
+    again = [Hires(scale=2), Hires(scale=2, method="latent-bislerp", prompt="a blue star", steps=3), None]
+    requests = [
+        replace(REQUEST, seed=seed, hires=hires, width=64 if hires else 128, height=64 if hires else 128)
+        for seed, hires in enumerate(again)
+    ]
+    alone = [generate(shelf.components(None), request)[0] for request in requests]
+    task = task_of(requests[0])
+    made = runner(task)["pictures"][0]
+    assert pixels(tmp_path / "output" / made["path"]) == alone[0].image.tobytes()
+    assert made["settings"] == alone[0].settings
+    assert task.types() == ["encode", "denoise", "progress", "decode"]
+    steps = [data for type, data, _ in task.events if type == "progress"]
+    assert [data["value"] for data in steps] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8]
+    assert {data["max"] for data in steps} == {8}
+    with ThreadPoolExecutor(len(requests)) as pool:
+        results = list(pool.map(runner, map(task_of, requests)))
+    for result, expected in zip(results, alone, strict=True):
+        with Image.open(tmp_path / "output" / result["pictures"][0]["path"]) as image:
+            assert image.size == (128, 128)
+            worst = max(high for _, high in ImageChops.difference(image.convert("RGB"), expected.image).getextrema())
+        assert worst <= 1
+
+
+def test_a_job_is_cancelled_in_its_second_pass(runner: Runner) -> None:
+    task = task_of(replace(REQUEST, hires=Hires(scale=2)))
+    task.stop_at = 6
+    with pytest.raises(JobCancelledError):
+        runner(task)
+    assert task.value == 6
 
 
 def test_pictures_of_a_batch_are_drawn_at_once_and_named_in_the_order_of_their_seeds(

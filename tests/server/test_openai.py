@@ -12,8 +12,10 @@ import pytest
 from PIL import Image, ImageDraw
 from starlette.testclient import TestClient
 
+from octavo import GenerateRequest, generate, load
 from octavo.evaluate.edges import edge_agreement
 from octavo.pipeline.edges import canny
+from octavo.pipeline.hires import Hires
 from octavo.pipeline.latents import pixels_of
 from tests.server.conftest import Live, MakeServer, listening, settings_in
 
@@ -287,3 +289,46 @@ def test_a_key_stands_for_what_the_client_said_and_not_for_what_was_filled_in(tm
                 assert answer.status_code in (200, 201), answer.text
                 other = httpx.post(f"{live.url}{path}", json={**body, "prompt": "a heart"}, headers=keyed)
                 assert other.status_code == 409
+
+
+def test_a_second_pass_makes_the_picture_larger(live_model: Live) -> None:
+    """The very picture of `generate`; the answer tells the size that it has."""
+    with openai.OpenAI(base_url=f"{live_model.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        wish = {"seed": 3, "steps": 3, "hires": {"scale": 1.5, "denoise": 0.3, "steps": 2, "method": "latent-bislerp"}}
+        prompt = "a red star on a blue background"
+        answer = client.images.generate(prompt=prompt, size="96x64", extra_body=wish)  # type: ignore[call-overload]
+    hires = Hires(scale=1.5, denoise=0.3, steps=2, method="latent-bislerp")
+    request = GenerateRequest(prompt=prompt, width=96, height=64, seed=3, steps=3, hires=hires)
+    (expected,) = generate(load(device="cpu"), request)
+    assert answer.size == "144x96"
+    assert opened(answer.data[0].b64_json).convert("RGB").tobytes() == expected.image.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("hires", "word"),
+    [
+        ({"scale": 9}, "scale"),
+        ({"method": "ESRGAN_4x"}, "upscaling models"),
+        ({"width": 100}, "use 96"),
+        ({"denoise": "much"}, "denoise"),
+        ({"sclae": 2}, "sclae"),
+        ({"sampler": "eular"}, "euler"),
+        ("2", "hires"),
+        ({"width": 1024}, "1024x"),
+    ],
+)
+def test_a_second_pass_that_makes_no_sense_is_refused(make_server: MakeServer, hires: object, word: str) -> None:
+    server = make_server(max_pixels=512 * 512)
+    answer = server.post("/v1/images/generations", json={"prompt": "a", "size": "64x64", "hires": hires})
+    assert answer.status_code == 400, answer.text
+    assert word in answer.json()["error"]["message"]
+
+
+def test_an_edit_has_no_second_pass(server: TestClient) -> None:
+    files = {"image": ("x.png", png(Image.new("RGB", (64, 64))), "image/png")}
+    form = {"prompt": "a star", "hires": json.dumps({"scale": 2})}
+    answer = server.post("/v1/images/edits", data=form, files=files)
+    assert answer.status_code == 400
+    assert "second pass" in answer.json()["error"]["message"]
+    answer = server.post("/v1/images/edits", data={"prompt": "a star", "hires[scale]": "2"}, files=files)
+    assert (answer.status_code, "json.dumps" in answer.text) == (400, True)

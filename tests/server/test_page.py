@@ -133,6 +133,38 @@ def test_a_picture_that_was_sent_is_one_to_follow(server: TestClient) -> None:
         assert (refused.status_code, word in refused.text) == (404, True), refused.text
 
 
+def test_a_second_pass_is_drawn_and_its_settings_are_a_wish_again(live_model: Live) -> None:
+    """What a picture tells of itself can be asked for as it is, as the page does to compare, and draws the same."""
+    with httpx.Client(base_url=live_model.url, timeout=30) as server:
+
+        def drawn(wish: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+            answer = server.post("/octavo/jobs", json=wish)
+            assert answer.status_code == 201, answer.text
+            job: dict[str, Any] = {}
+
+            def over() -> bool:
+                job.update(server.get(f"/octavo/jobs/{answer.json()['id']}").json())
+                return bool(job["over"])
+
+            until(over, "the job ends")
+            assert job["state"] == "done", job["error"]
+            image = Image.open(io.BytesIO(server.get(f"/{job['pictures'][0]['url']}").content))
+            return job["pictures"][0]["settings"], image.convert("RGB").tobytes()
+
+        told, pixels = drawn({**SETTINGS, "hires": {"scale": 1.5, "prompt": "a blue star", "steps": 2}})
+        expected = {"width": 96, "height": 144, "method": "lanczos", "prompt": "a blue star", "steps": 2}
+        assert {name: told["hires"][name] for name in expected} == expected
+        again = {name: value for name, value in told.items() if name not in ("version", "model")}
+        assert drawn(again) == (told, pixels)
+
+
+def test_a_second_pass_is_held_to_what_the_server_draws(make_server: MakeServer) -> None:
+    server = make_server(max_pixels=128 * 192)
+    assert server.post("/octavo/jobs", json={**SETTINGS, "hires": {"scale": 2}}).status_code == 201
+    answer = server.post("/octavo/jobs", json={**SETTINGS, "hires": {"width": 144}})
+    assert (answer.status_code, "144x224" in answer.text) == (400, True), answer.text
+
+
 def test_a_part_of_a_finished_picture_is_drawn_anew_and_the_rest_stays(live_model: Live) -> None:
     """Without feather only the region may change; the new picture tells what was done, and can be refined again."""
     with httpx.Client(base_url=live_model.url, timeout=30) as server:
@@ -218,6 +250,13 @@ def test_parts_that_cannot_be_refined_are_refused_at_once(
         ({"controls": [{"image": "absent.png", "type": "canny"}]}, 400, "no picture"),
         ({"controls": [{"image": "a.png", "type": "canny", "strength": 11}]}, 422, "strength"),
         ({"outpaint": [16, 0, 0, 0]}, 400, "none is given"),
+        ({"hires": {"scale": 4}}, 400, "too large"),
+        ({"hires": {"scale": 0.5}}, 422, "scale"),
+        ({"hires": {"width": 32}}, 400, "smaller"),
+        ({"hires": {"method": "ESRGAN_4x"}}, 400, "upscaling models"),
+        ({"hires": {"sampler": "eular"}}, 400, "euler"),
+        ({"hires": {"prompt": "a <lora:absent>"}}, 404, "absent"),
+        ({"hires": {"sclae": 2}}, 422, "sclae"),
         ({"batch": 65}, 422, "batch"),
         ({"sede": 1}, 422, "sede"),
     ],
@@ -362,6 +401,53 @@ def test_a_picture_is_drawn_used_again_and_compared_in_a_browser(
     page.reload()
     page.wait_for_selector("#gallery button")
     assert page.locator(f"#gallery button[title='{prompt}']").count() == 2
+    assert troubles == []
+    page.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (390, "light")])
+def test_a_larger_pass_is_asked_for_and_used_again_in_a_browser(
+    browser: Any, live_model: Live, width: int, scheme: str
+) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
+    troubles: list[str] = []
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.goto(live_model.url)
+    page.wait_for_selector("select[name=hires_method] option", state="attached")
+    prompt = f"a large orange ring on a {'gray' if scheme == 'light' else 'black'} background"
+    page.fill("#form [name=prompt]", prompt)
+    page.fill("[name=steps]", "3")
+    page.fill("[name=seed]", "6")
+    page.click("text=Larger, in a second pass")
+    assert page.inner_text("#hires-size") == "Once, as large as above"
+    page.fill("[name=hires_scale]", "1.5")
+    page.select_option("[name=hires_method]", "latent-bislerp")
+    page.fill("[name=hires_denoise]", "0.3")
+    page.fill("[name=hires_steps]", "5")
+    page.fill("[name=hires_prompt]", "a large ring")
+    assert page.inner_text("#hires-size") == "128 × 128, then 192 × 192"
+    page.fill("[name=width]", "96")
+    assert page.inner_text("#hires-size") == "96 × 128, then 144 × 192"
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.click("#form button.main")
+    page.wait_for_selector(f"#frame img[alt='{prompt}']")
+    assert page.eval_on_selector("#frame img", "(image) => image.decode().then(() => image.naturalWidth)") == 144
+    assert "96×128, then 144×192 (latent-bislerp, 0.3)" in page.inner_text("#about")
+    assert "second pass: a large ring" in page.inner_text("#about")
+
+    # Used again, all of it stands in the form; without the factor the picture is drawn once
+    names = ("scale", "method", "denoise", "steps", "prompt")
+    asked = [page.input_value(f"[name=hires_{name}]") for name in names]
+    for name in ("scale", "prompt"):
+        page.fill(f"[name=hires_{name}]", "")
+    page.fill("[name=hires_denoise]", "0.9")
+    page.click("text=Use these")
+    assert [page.input_value(f"[name=hires_{name}]") for name in names] == asked
+    page.fill("[name=hires_scale]", "")
+    page.fill("[name=seed]", "8")
+    page.click("#form button.main")
+    page.wait_for_selector("#about :text('seed 8')")
+    assert "then" not in page.inner_text("#about")
     assert troubles == []
     page.close()
 

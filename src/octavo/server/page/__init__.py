@@ -14,7 +14,7 @@ POLICY = (
     "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'; "
     "form-action 'none'"
 )
-FILES = ("page.js", "loras.js", "refine.js", "page.css", "icon.svg")
+FILES = ("page.js", "hires.js", "loras.js", "refine.js", "page.css", "icon.svg")
 
 
 def install(app: FastAPI) -> None:

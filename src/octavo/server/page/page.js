@@ -1,5 +1,6 @@
 // The page of Octavo's server. No build, no library: the page asks /octavo/… and listens to /octavo/events.
 
+import { echoHires, hiresSettings, listMethods, useHires } from "./hires.js";
 import { listLoras, loras, useLoras } from "./loras.js";
 import { leave, onRefine, refineOf } from "./refine.js";
 
@@ -70,7 +71,12 @@ function about() {
       const chip = Object.assign(document.createElement("button"), { type: "button", textContent: `${across}:${down}` });
       const [width, height] = [across, down].map((side) => Math.max(16, Math.min(now.max_side, Math.round((side * unit) / 16) * 16)));
       chip.title = `${width} × ${height}`;
-      chip.onclick = () => ((field("width").value = width), (field("height").value = height));
+      chip.onclick = () => {
+        for (const [side, pixels] of [["width", width], ["height", height]]) {
+          field(side).value = pixels;
+          field(side).dispatchEvent(new Event("input", { bubbles: true }));
+        }
+      };
       return chip;
     }),
   );
@@ -80,6 +86,9 @@ function about() {
 function echo() {
   for (const [name, id] of [["steps", "steps-now"], ["guidance_scale", "guidance-now"], ["shift", "shift-now"], ["denoise", "denoise-now"], ["strength", "strength-now"]])
     $(id).textContent = field(name).value;
+  // A picture to start from has one pass.
+  $("hires-fields").disabled = Boolean(startPicture) && field("use").value === "start";
+  echoHires();
 }
 
 function settings() {
@@ -101,6 +110,7 @@ function settings() {
     seed: seed || null,
     model: field("model").value,
     loras,
+    ...hiresSettings(),
     ...(startPicture ? useOfPicture(number) : {}),
   };
 }
@@ -134,6 +144,7 @@ field("use").onchange = () => {
   const edges = field("use").value === "edges";
   $("strength").hidden = !edges;
   $("change").hidden = edges;
+  echo();
 };
 field("model").onchange = suit;
 $("any-seed").onclick = () => (field("seed").value = "");
@@ -153,6 +164,7 @@ async function upload(file) {
     $("start-picture").src = URL.createObjectURL(file);
     $("start-picture").hidden = $("no-picture").hidden = false;
     $("start-from").open = true;
+    echo();
     trouble("");
   } catch (error) {
     trouble(error.message);
@@ -164,6 +176,7 @@ $("no-picture").onclick = () => {
   startPicture = null;
   $("file").value = "";
   $("start-picture").hidden = $("no-picture").hidden = true;
+  echo();
 };
 const drop = $("drop");
 drop.ondragover = (event) => (event.preventDefault(), drop.classList.add("over"));
@@ -177,6 +190,7 @@ function useThese(used) {
     if (used[name] !== undefined) field(name).value = used[name];
   field("batch").value = 1;
   useLoras(used.loras || []);
+  useHires(used.hires, used);
   echo();
   window.scrollTo({ top: 0, behavior: "smooth" });
   field("prompt").focus();
@@ -229,14 +243,17 @@ function paintProgress(job) {
   $("progress").querySelector("span").textContent = words[job.state] || job.state;
 }
 
+const sizeOf = ({ width, height, hires }) => `${width}×${height}` + (hires ? `, then ${hires.width}×${hires.height} (${hires.method}, ${hires.denoise})` : "");
+
 function aboutPicture(job, finished, other) {
   const used = finished.settings;
   const lines = [
     ["p", used.prompt],
-    ["p", `${used.model} · ${used.width}×${used.height} · ${used.steps} steps · guidance ${used.guidance_scale} · ${used.sampler}, ${used.schedule} · seed ${used.seed}` + (used.speed && used.speed !== "exact" ? ` · ${used.speed}` : "") +
+    ["p", `${used.model} · ${sizeOf(used)} · ${used.steps} steps · guidance ${used.guidance_scale} · ${used.sampler}, ${used.schedule} · seed ${used.seed}` + (used.speed && used.speed !== "exact" ? ` · ${used.speed}` : "") +
       (job.seconds ? ` · ${job.seconds.toFixed(1)} s` : "") + (other?.seconds ? ` and ${other.seconds.toFixed(1)} s` : ""), "hint"],
   ].map(([tag, textContent, className = ""]) => Object.assign(document.createElement(tag), { textContent, className }));
   if (used.loras?.length) lines.push(note(`with ${used.loras.map((each) => `${each.name} ${each.strength}`).join(", ")}`));
+  if (used.hires?.prompt) lines.push(note(`second pass: ${used.hires.prompt}`));
   if (used.negative_prompt) lines.splice(1, 0, note(`without ${used.negative_prompt}`));
   for (const { region, request } of finished.refined || []) lines.push(note(`refined${region ? ` at ${region.join(", ")}` : ""}: ${request.prompt}`));
   const acts = Object.assign(document.createElement("div"), { className: "acts" });
@@ -424,6 +441,7 @@ async function begin() {
   const told = await asJson("octavo/models");
   models = told.models;
   listLoras(told.loras);
+  listMethods(told.methods, told.hires);
   field("model").replaceChildren(...models.map((each) => new Option(each.title, each.name)));
   field("model").value = told.default;
   for (const [name, values] of [["sampler", told.samplers], ["schedule", told.schedules], ["speed", told.speeds]])

@@ -63,12 +63,15 @@ class Models(BaseModel):
     speeds: list[str]
     speed: str  # where nothing is said
     loras: list[str]
+    methods: list[str]  # to make a picture larger for its second pass
+    hires: dict[str, Any]  # settings of that pass where nothing is said
     comfy: bool  # whether ComfyUI's page is served
 
 
 def list_models(state: State) -> Models:
     """Every model of the tree that can draw; those that cannot are left out, and the log says why."""
     from octavo.checkpoint.folders import MODELS
+    from octavo.pipeline.hires import METHODS, Hires
     from octavo.pipeline.speed import SPEEDS
     from octavo.sampling import SAMPLERS, SCHEDULES
 
@@ -91,6 +94,8 @@ def list_models(state: State) -> Models:
         speeds=list(SPEEDS),
         speed=state.settings.speed,
         loras=state.shelf.loras.names(),
+        methods=list(METHODS),
+        hires=Hires().settings,
         comfy=find_spec("comfyui_frontend_package") is not None,
     )
 
