@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from octavo.pipeline.encode import encode
+from octavo.models import ClipTextEncoder, T5Encoder
+from octavo.pipeline.encode import encode, encode_all
 from tests.goldens import golden
 from tests.recorded_encoders import encoders, recorded_encoders
 
@@ -35,6 +36,38 @@ def test_conditioning_equals_comfyui(models: dict[str, torch.nn.Module], case: s
         conditioning.context[:, :, ::8], recorded[f"{case}/cond_every8th_channel"], atol=1e-4, rtol=0
     )
     torch.testing.assert_close(conditioning.pooled, recorded[f"{case}/pooled"], atol=1e-4, rtol=0)
+
+
+PROMPTS = ("a cat", "", "a (cat:1.4) on a (mat:0.7), " + "very, " * 90, "a (dog:1.2)", "a cat")
+
+
+def test_prompts_that_pass_together_get_what_each_gets_alone(models: dict[str, torch.nn.Module]) -> None:
+    """To the last bit, with weights, several chunks and lengths that differ."""
+    of = encoders(models)
+    for told, prompt in zip(encode_all(of, PROMPTS), PROMPTS, strict=True):
+        alone = encode(of, prompt)
+        assert torch.equal(told.context, alone.context)
+        assert torch.equal(told.pooled, alone.pooled)
+    assert encode_all(of, []) == []
+
+
+def test_what_several_prompts_ask_for_is_encoded_once(
+    models: dict[str, torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CLIP takes chunks: one of each of the four prompts, more of the long one; what weights start from is the empty
+    prompt. T5 takes texts whole, at 77 tokens or more: a long one with weights has an empty one of its own.
+    """
+    texts: dict[type, list[int]] = {ClipTextEncoder: [], T5Encoder: []}
+    for owner, counts in texts.items():
+        real = owner.encode
+
+        def counted(self: object, told: list[object], real=real, counts=counts, **settings: int) -> object:  # type: ignore[no-untyped-def]
+            counts.append(len(told))
+            return real(self, told, **settings)
+
+        monkeypatch.setattr(owner, "encode", counted)
+    encode_all(encoders(models), PROMPTS)
+    assert texts == {ClipTextEncoder: [6, 6], T5Encoder: [5]}
 
 
 def test_clip_skip_reads_another_layer(models: dict[str, torch.nn.Module]) -> None:

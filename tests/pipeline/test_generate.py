@@ -1,6 +1,6 @@
 """The whole job on a tiny random model: what is repeated, what is refused, what is freed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from octavo import Components, GenerateRequest, generate, generate_each, load
 from octavo.checkpoint.save import save_safetensors
 from octavo.errors import ModelNotFoundError, NumericsError, OctavoError, RequestError, WrongModelError
 from octavo.pipeline import components as components_module
-from octavo.pipeline.encode import Conditioning, TextEncoders, encode
+from octavo.pipeline.encode import Conditioning, TextEncoders, encode_all
 from octavo.pipeline.generate import Progress, prepare, start
 from octavo.pipeline.image import open_image, read_settings
 from octavo.pipeline.latents import latents_of, mask_of
@@ -159,9 +159,9 @@ def test_the_work_goes_to_those_who_are_named(tiny: Components) -> None:
     """An engine's own encoder, solver and device thread are used for all of the work, and give the same picture."""
     told: list[str] = []
 
-    def my_encode(encoders: TextEncoders, prompt: str, clip_skip: int) -> Conditioning:
-        told.append(f"encode {prompt}")
-        return encode(encoders, prompt, clip_skip)
+    def my_encode(encoders: TextEncoders, prompts: Sequence[str], clip_skip: int) -> list[Conditioning]:
+        told.append(f"encode {prompts}")
+        return encode_all(encoders, prompts, clip_skip)
 
     def my_solve(run: Run, watch: Watch) -> Tensor:
         told.append("solve")
@@ -175,7 +175,7 @@ def test_the_work_goes_to_those_who_are_named(tiny: Components) -> None:
             told.append("end")
 
     (picture,) = generate_each(tiny, REQUEST, encode=my_encode, solve=my_solve, on_device=my_device)
-    assert told == ["begin", "encode ", "encode a red star", "end", "begin", "end", "solve", "begin", "end"]
+    assert told == ["begin", "encode ['a red star', '']", "end", "begin", "end", "solve", "begin", "end"]
     assert picture.image.tobytes() == pixels(tiny, REQUEST)
 
 

@@ -1,5 +1,6 @@
 """LoRAs of a request: found by name, acting as merged weights would, alone and in company."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -198,8 +199,8 @@ def test_texts_are_remembered_by_the_loras_they_were_encoded_with(tree: Path) ->
     shelf = Shelf(LoadSettings(models_dir=tree, device="cpu", dtype="float32"))
     components = shelf.components()
 
-    def encode(encoders: TextEncoders, prompt: str, clip_skip: int) -> Conditioning:
-        return shelf.encode(encoders, prompt, clip_skip=clip_skip)
+    def encode(encoders: TextEncoders, prompts: Sequence[str], clip_skip: int) -> list[Conditioning]:
+        return shelf.encode_all(encoders, prompts, clip_skip=clip_skip)
 
     def positive(prompt: str) -> Tensor:
         track = prepare(components, job_of(components, prompt, guidance_scale=1), encode=encode)

@@ -4,6 +4,7 @@ import gc
 import logging
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from octavo.pipeline.components import Components
 from octavo.pipeline.control_request import ControlImage
 from octavo.pipeline.denoise import Question, Track, denoise, make_tables
 from octavo.pipeline.encode import Conditioning
-from octavo.pipeline.generate import Progress, generate_each
+from octavo.pipeline.generate import Progress, generate_each, prepare
 from octavo.pipeline.placing import Budget, budget_of, check_vram
+from octavo.pipeline.request import resolve
 from octavo.pipeline.shelf import LoadSettings, Shelf
 from octavo.pipeline.tables import Tables
 from octavo.placement.movers import PlainMover
@@ -95,9 +97,8 @@ def test_a_picture_is_the_same_on_every_rung() -> None:
             assert not placed_on(components.mmdit()).stay.resident  # type: ignore[union-attr]
     for rung in (
         "everything stays",
-        "clip_l leaves",
+        "clip_l streams; clip_g streams; t5 streams; vae leaves",
         "modulation passes through",
-        "t5 streams",
         "mmdit streams 1 of 3",
     ):
         assert any(rung in said for said in seen), rung
@@ -249,8 +250,30 @@ def test_adaln_passes_once_a_run_for_all_its_prompts(cache: Tables | None) -> No
     mover.log.clear()
     make_tables(mmdit, track, [0.9, 0.4, 0.1], cache=cache)
     assert len(track.tables) == 6
-    # The last, which ends the row, is fetched for each prompt.
-    assert sum(event.what == "copy" for event in mover.log) == len(units.modulation) + 1
+    assert sum(event.what == "copy" for event in mover.log) == len(units.modulation)
+
+
+def test_encoders_pass_once_for_all_prompts_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt with weights, the empty one that these start from, and a negative one: what streams is copied once, be
+    it a layer or the rest of an encoder."""
+    movers: list[PlainMover] = []
+
+    def logging_mover(_device: object) -> PlainMover:
+        movers.append(PlainMover(keep_log=True))
+        return movers[-1]
+
+    monkeypatch.setattr("octavo.pipeline.components.mover_for", logging_mover)
+    components = placed(budgets()[-1])
+    asked = replace(REQUEST, prompt="a (large:1.3) red star", negative_prompt="blue")
+    job = resolve(asked, components.preset, model=components.name, max_side=99)
+    assert job.guidance_scale != 1
+    prepare(components, job)
+    for mover in movers:
+        mover.log.clear()
+    prepare(components, job)
+    layers = sum(len(units_of(encoder.skeleton).blocks) for encoder in components.encoders)
+    copies = [event for mover in movers for event in mover.log if event.what == "copy"]
+    assert len(copies) == layers + len(components.encoders)
 
 
 # Out of memory

@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -114,11 +115,11 @@ def test_texts_are_encoded_once_and_forgotten_by_bytes_and_with_their_encoders()
     asked = []
 
     def ask(encoders: TextEncoders, text: str) -> Conditioning:
-        def make() -> Conditioning:
-            asked.append(text)
-            return Conditioning(torch.zeros(1, 2, 4), torch.zeros(1, 2))  # 40 bytes
+        def make(missing: Sequence[str]) -> list[Conditioning]:
+            asked.extend(missing)
+            return [Conditioning(torch.zeros(1, 2, 4), torch.zeros(1, 2)) for _ in missing]  # 40 bytes
 
-        return cache.get(encoders, text, make)
+        return cache.get(encoders, [text], make)[0]
 
     encoders = load(DEMO).text
     for text in "aabac":  # the last forgets b
@@ -131,6 +132,28 @@ def test_texts_are_encoded_once_and_forgotten_by_bytes_and_with_their_encoders()
     del encoders
     gc.collect()
     assert cache.nbytes == 0
+
+
+def test_of_several_texts_those_that_are_not_remembered_are_encoded_together_and_each_once() -> None:
+    shelf = Shelf(LoadSettings(device="cpu", dtype="float32"))
+    encoders = shelf.components().text
+    known = shelf.encode(encoders, "a star")
+    calls: list[list[str]] = []
+
+    def make(missing: Sequence[str]) -> list[Conditioning]:
+        calls.append(list(missing))
+        return [encode(encoders, text) for text in missing]
+
+    asked = ["a circle", "", "a circle", ""]
+    found = TextCache(limit=0).get(encoders, asked, make)
+    assert calls == [["a circle", ""]]
+    assert found[0] is found[2]
+    together = shelf.encode_all(encoders, ["a circle", "a star", ""])
+    assert together[1] is known
+    assert (shelf.texts.hits, shelf.texts.misses) == (1, 3)
+    for one, other in zip(together, (found[0], known, found[1]), strict=True):
+        assert torch.equal(one.context, other.context)
+        assert torch.equal(one.pooled, other.pooled)
 
 
 def test_whoever_counts_is_told_of_each_part_that_is_read(tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ from octavo.models import (
     VAEConfig,
 )
 from octavo.models import attention as attention_module
+from octavo.models.clip import ClipText
 from octavo.models.rows import decode_bytes
+from octavo.models.t5 import T5Text
 from octavo.placement import activations
 from octavo.placement.work import Work
 from tests.placement.live import peak_of
@@ -116,16 +118,17 @@ def test_a_controlnet_never_holds_more_than_the_bound(joint: bool) -> None:
 
 @pytest.mark.parametrize("tokens", [154, 333])
 def test_encoders_never_hold_more_than_the_bound(tokens: int) -> None:
+    """Two prompts, one of them with weights: an empty one stands beside it."""
     work = Work(tokens=tokens)
     t5 = T5Config(width=128, layers=2, heads=8, head_width=16, mlp_width=320, vocab_size=100)
     clip = ClipConfig(width=128, layers=2, heads=4, mlp_width=512, activation="quick_gelu", vocab_size=100)
-    ids = torch.zeros(1, tokens - 77, dtype=torch.long)
+    ids = [torch.zeros(1, length, dtype=torch.long) for length in (tokens - 77, tokens - 78, tokens - 77)]
     of_t5, of_clip = T5Encoder(t5), ClipTextEncoder(clip)
     bound = activations.encoder(t5, work, itemsize=4)
-    assert 0.2 * bound < peak_of(lambda: of_t5(ids)) <= bound
-    of_text = torch.zeros(1, 77, dtype=torch.long)
+    assert 0.2 * bound < peak_of(lambda: of_t5.encode([T5Text(each) for each in ids])) <= bound
+    of_text = ClipText(torch.zeros(1, 77, dtype=torch.long), end=torch.tensor([3]))
     bound = activations.encoder(clip, work, itemsize=4)
-    assert 0.2 * bound < peak_of(lambda: of_clip(of_text, end=torch.tensor([3]))) <= bound
+    assert 0.2 * bound < peak_of(lambda: of_clip.encode([of_text] * 3)) <= bound
 
 
 @pytest.mark.parametrize("size", [(8, 8), (12, 20)], ids=str)

@@ -157,9 +157,20 @@ def test_the_simulated_device_never_holds_more_in_buffers_than_the_plan_says(bud
         comes = [plan.shapes.parts[kind] for kind, stay in plan.parts.items() if stay.leaves]
         leaving = sum(part.nbytes for part in comes if len(part.units) == 0) if name == "decode" else 0
         leaving += sum(part.rest for part in plan.shapes.encoders.values()) if name == "encode" else 0
-        leaving += sum(p.nbytes for p in comes if p.units and not plan.parts["t5"].streamed) if name == "encode" else 0
         assert held <= stage.buffers + leaving
         assert held <= stage.peak
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 5])
+def test_encoders_pass_once_however_many_prompts_there_are(prompts: int) -> None:
+    """All their layers, and what of each is no layer; its tokens are looked up in host memory."""
+    shapes = shapes_of("large")
+    plan = make_plan(shapes, 6_500_000_000, H200, work=replace(WORK, prompts=prompts))
+    copied = plan.timeline.busy("copy", "encode") * H200.link
+    assert copied == pytest.approx(sum(part.rest + sum(part.units) for part in shapes.encoders.values()))
+    alone = make_plan(shapes, 6_500_000_000, H200, work=replace(WORK, prompts=1, rows=1))
+    computed = (each.timeline.busy("compute", "encode") for each in (plan, alone))
+    assert next(computed) == pytest.approx(prompts * next(computed))
 
 
 def test_sd35_large_in_fp8_fits_in_six_and_a_half_gigabytes_at_full_speed() -> None:

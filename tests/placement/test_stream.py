@@ -9,7 +9,8 @@ is read from the mover's log.
 import copy
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import cast
 
 import pytest
 import torch
@@ -18,12 +19,15 @@ from torch import Tensor, nn
 from octavo.fp8 import E4M3FN, E5M2, Choice, LinearSpec, at_sigmas
 from octavo.fp8.linear import Fp8Linear
 from octavo.fp8.matmul import PLAIN, TORCH_INT8
+from octavo.models import ClipConfig, ClipTextEncoder, T5Encoder
 from octavo.models.adapter import adapted
+from octavo.models.clip import ClipText
+from octavo.models.t5 import T5Text
 from octavo.placement.movers import PlainMover
 from octavo.placement.placed import Placed, place, placed_on
 from octavo.placement.plan import Stay
 from octavo.placement.units import units_of
-from tests.placement.models import EXAMPLES, Example, adapter, clip, evaluate, in_fp8, mmdit, t5
+from tests.placement.models import EXAMPLES, Example, adapter, clip, draw, evaluate, filled, in_fp8, mmdit, t5
 
 
 def stay_of(model: nn.Module, resident: int = 0, slots: int = 2, *, leaves: bool = False) -> Stay:
@@ -294,6 +298,59 @@ def test_encoders_leave_the_device_and_come_back(make: Callable[[], Example], re
         placed.arrive()
         assert_same(example.run(example.model), expected)
         placed.leave()
+
+
+def quick_clip() -> Example:
+    """As CLIP-L: a quick GELU, nothing projected."""
+    config = ClipConfig(width=32, layers=5, heads=2, mlp_width=48, activation="quick_gelu", vocab_size=40, positions=9)
+    return Example(filled(ClipTextEncoder(config)), lambda _model: [])
+
+
+def texts_of(model: nn.Module) -> list[ClipText] | list[T5Text]:
+    """Of unlike lengths and row counts, one with vectors of its own."""
+    tokens = [torch.arange(9).view(1, 9), torch.arange(18).view(2, 9) % 7, torch.arange(5).view(1, 5) + 3]
+    vectors: list[Mapping[tuple[int, int], Tensor]] = [{}, {(1, 2): draw(32)}, {}]
+    if isinstance(model, T5Encoder):
+        return [T5Text(*each) for each in zip(tokens, vectors, strict=True)]
+    ends = [torch.tensor(end) for end in ([8], [3, 5], [4])]
+    return [ClipText(*each) for each in zip(tokens, ends, vectors, strict=True)]
+
+
+def encoded_alone(model: nn.Module) -> list[Tensor]:
+    assert isinstance(model, ClipTextEncoder | T5Encoder)
+    if isinstance(model, T5Encoder):
+        return [model(tokens, vectors) for tokens, vectors in cast("list[T5Text]", texts_of(model))]
+    texts = cast("list[ClipText]", texts_of(model))
+    return [out for text in texts for out in model(text.tokens, end=text.end, vectors=text.vectors)]
+
+
+def encoded_together(model: nn.Module) -> list[Tensor]:
+    assert isinstance(model, ClipTextEncoder | T5Encoder)
+    if isinstance(model, T5Encoder):
+        return model.encode(cast("list[T5Text]", texts_of(model)))
+    return [out for both in model.encode(cast("list[ClipText]", texts_of(model))) for out in both]
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize(("resident", "slots"), [(99, 2), (0, 1), (0, 2), (0, 3), (2, 2)])
+@pytest.mark.parametrize("make", [quick_clip, clip, t5])
+def test_texts_pass_together_with_the_bits_that_each_has_alone(
+    make: Callable[[], Example], resident: int, slots: int, fp8: bool
+) -> None:
+    model = make().model
+    if fp8:
+        in_fp8(model, LinearSpec(granularity="row"))
+    expected, count = encoded_alone(model), len(units_of(model).blocks)
+    assert_same(encoded_together(model), expected)
+    mover = PlainMover(late=True, keep_log=True)
+    placed = put(model, min(resident, count), slots, mover=mover)
+    for _ in range(2):
+        mover.log.clear()
+        assert_same(encoded_together(model), expected)
+        # Each layer that streams comes once for all of them, and nothing stays behind.
+        assert sum(event.what == "copy" for event in mover.log) == len(placed._blocks.streamed)
+        assert not placed.slots
+    assert_same(encoded_alone(model), expected)
 
 
 @pytest.mark.parametrize("make", [clip, t5])

@@ -321,8 +321,6 @@ def _moves(plan: Plan) -> str:
     words = []
     if any(stay.streamed for stay in encoders):
         words.append("encoders pass layer by layer")
-    elif any(stay.leaves for stay in encoders):
-        words.append("encoders come and leave")
     if plan.modulation_streamed:
         words.append("modulation passes once a run")
     blocks = plan.parts["mmdit"]

@@ -86,8 +86,8 @@ def drawing(
         job = resolve(part.request, components.preset, model=components.name, max_side=components.max_side)
         tell = _Teller(task, components, job.batch, _whole_number(payload, "preview_every", 1), watched, pace)
 
-        def encode(encoders: TextEncoders, prompt: str, clip_skip: int) -> Conditioning:
-            return shelf.encode(encoders, prompt, clip_skip=clip_skip)
+        def encode(encoders: TextEncoders, prompts: Sequence[str], clip_skip: int) -> list[Conditioning]:
+            return shelf.encode_all(encoders, prompts, clip_skip=clip_skip)
 
         tell(Progress("encode", 0, job.batch))
         with _timed(metrics, "encode"):

@@ -7,9 +7,9 @@ Sources: Radford et al. 2021 (arXiv 2103.00020); OpenCLIP.
 B chunks of text, T positions (77 in released models), W width, H heads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -125,6 +125,14 @@ class ClipTextModel(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.width)
 
 
+class ClipText(NamedTuple):
+    """Chunks of text, as the encoder is told them."""
+
+    tokens: Tensor  # [B, T] int64
+    end: Tensor  # [B] position of each row's end token, where the pooled output is read
+    vectors: Mapping[tuple[int, int], Tensor] = {}  # textual inversion's [W], for tokens' embeddings by (row, position)
+
+
 class ClipTextEncoder(nn.Module):
     """CLIP-L or CLIP-G, by `config`."""
 
@@ -155,14 +163,21 @@ class ClipTextEncoder(nn.Module):
             hidden: [B, T, W], not through the final norm.
             pooled: [B, W] after all layers and the final norm, or [B, projection] if the model projects it.
         """
-        x = self.text_model.embeddings(tokens, vectors or {})
-        hidden = x
+        return self.encode([ClipText(tokens, end, vectors or {})], clip_skip=clip_skip)[0]
+
+    def encode(self, texts: Sequence[ClipText], *, clip_skip: int = 2) -> list[tuple[Tensor, Tensor]]:
+        """`forward` of several texts, layer by layer: weights that have to be fetched are fetched once for all. The
+        products of each are its own, so that no text depends on its company.
+        """
+        xs: list[Tensor] = [self.text_model.embeddings(text.tokens, text.vectors) for text in texts]
+        hidden = xs
         layers = self.text_model.encoder.layers
         for i, layer in enumerate(layers):
-            x = layer(x)
+            xs = [layer(x) for x in xs]
             if i == len(layers) - clip_skip:
-                hidden = x
+                hidden = xs
+        return [(each, self._pooled(x, text.end)) for each, x, text in zip(hidden, xs, texts, strict=True)]
+
+    def _pooled(self, x: Tensor, end: Tensor) -> Tensor:
         pooled: Tensor = self.text_model.final_layer_norm(x[torch.arange(len(x), device=x.device), end])
-        if self.config.projection is not None:
-            pooled = self.text_projection(pooled)
-        return hidden, pooled
+        return pooled if self.config.projection is None else self.text_projection(pooled)

@@ -10,7 +10,7 @@ B prompts, L tokens, W width, H heads, E head width.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -136,6 +136,13 @@ class T5Stack(nn.Module):
         self.final_layer_norm = RMSNorm(config.width)
 
 
+class T5Text(NamedTuple):
+    """Prompts of one length, as the encoder is told them."""
+
+    tokens: Tensor  # [B, L] int64
+    vectors: Mapping[tuple[int, int], Tensor] = {}  # textual inversion's [W], for tokens' embeddings by (row, position)
+
+
 class T5Encoder(nn.Module):
     """T5 v1.1's encoder, by `config`. The tokens are not masked: SD3 was trained on padded prompts without a mask."""
 
@@ -155,14 +162,26 @@ class T5Encoder(nn.Module):
         Returns:
             [B, L, W], after the final norm.
         """
-        x: Tensor = self.shared(tokens)
-        for (row, position), vector in (vectors or {}).items():
-            x[row, position] = vector.to(x)
+        return self.encode([T5Text(tokens, vectors or {})])[0]
+
+    def encode(self, texts: Sequence[T5Text]) -> list[Tensor]:
+        """`forward` of several texts, of lengths that may differ, layer by layer: weights that have to be fetched are
+        fetched once for all. The products of each are its own, so that no text depends on its company.
+        """
+        xs = [self._embedded(text) for text in texts]
         # The first block's table of position biases serves all blocks.
         attention_layer = cast(T5LayerSelfAttention, self.encoder.block[0].layer[0])
         table = attention_layer.SelfAttention.relative_attention_bias
-        bias = table(relative_buckets(tokens.shape[1], self.config, tokens.device)).permute(2, 0, 1)[None]
+        biases = dict[int, Tensor]()
+        for length in dict.fromkeys(x.shape[1] for x in xs):
+            buckets = relative_buckets(length, self.config, texts[0].tokens.device)
+            biases[length] = table(buckets).permute(2, 0, 1)[None]
         for block in self.encoder.block:
-            x = block(x, bias)
-        out: Tensor = self.encoder.final_layer_norm(x)
-        return out
+            xs = [block(x, biases[x.shape[1]]) for x in xs]
+        return [self.encoder.final_layer_norm(x) for x in xs]
+
+    def _embedded(self, text: T5Text) -> Tensor:
+        x: Tensor = self.shared(text.tokens)
+        for (row, position), vector in text.vectors.items():
+            x[row, position] = vector.to(x)
+        return x

@@ -9,16 +9,20 @@ is the row that an empty prompt has there; pooled outputs are not weighted.
 Source: Esser et al. 2024 (arXiv 2403.03206), appendix; ComfyUI for weights and long prompts.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from octavo.errors import RequestError
 from octavo.models import ClipTextEncoder, T5Encoder
 from octavo.models.adapter import Applied, adapted
+from octavo.models.clip import ClipText
+from octavo.models.t5 import T5Text
 from octavo.text.chunks import TokenChunk, complete
 from octavo.text.tokenizers import EncoderTokenizer, TokenizedPrompt, Tokenizers
 
@@ -30,8 +34,13 @@ MOST_TOKENS = 4096
 Embeddings = Callable[[str], Mapping[str, Tensor] | None]
 """Finds a textual-inversion embedding by name: its tensors [vectors, width], or None."""
 
-EncodeChunk = Callable[[TokenChunk], tuple[Tensor, Tensor | None]]
-"""One chunk → (rows [1, L, W], pooled [1, P] or None)."""
+Chunk = tuple[Tensor, Tensor | None]
+"""What an encoder makes of one: rows [1, L, W], pooled [1, P] or None."""
+
+Encoded = tuple[Tensor, Tensor]
+"""What an encoder makes of a prompt: rows [1, L, W], pooled [1, P] ([1, 0] for T5)."""
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,44 +88,65 @@ class TextEncoders:
 
 
 def encode(encoders: TextEncoders, prompt: str, clip_skip: int = 2) -> Conditioning:
-    """Encode one prompt.
+    """Encode one prompt; arguments as of `encode_all`."""
+    return encode_all(encoders, [prompt], clip_skip)[0]
+
+
+def encode_all(encoders: TextEncoders, prompts: Sequence[str], clip_skip: int = 2) -> list[Conditioning]:
+    """Encode prompts, in one pass over the weights of each encoder; what each gives does not depend on the others.
 
     Args:
         encoders: gives the models.
-        prompt: with weights and references to embeddings, see `text.prompt`.
+        prompts: with weights and references to embeddings, see `text.prompt`.
         clip_skip: which of CLIP's last layers is read.
 
     Returns:
         float32 conditioning on the encoders' device.
     """
-    tokens = encoders.tokenizers.encode(prompt, embeddings=encoders.shapes)
+    tokens = [encoders.tokenizers.encode(prompt, embeddings=encoders.shapes) for prompt in prompts]
     return encode_tokens(encoders, tokens, clip_skip=clip_skip)
 
 
-def encode_tokens(encoders: TextEncoders, tokens: TokenizedPrompt, *, clip_skip: int = 2) -> Conditioning:
-    """`encode` for a prompt that is cut into tokens already.
+def encode_tokens(
+    encoders: TextEncoders, prompts: Sequence[TokenizedPrompt], *, clip_skip: int = 2
+) -> list[Conditioning]:
+    """`encode_all` for prompts that are cut into tokens already.
 
     Raises:
-        RequestError: it has more tokens than anyone can mean.
+        RequestError: one has more tokens than anyone can mean.
     """
-    for chunks in (tokens.clip_l, tokens.clip_g, tokens.t5):
+    for chunks in (each for tokens in prompts for each in (tokens.clip_l, tokens.clip_g, tokens.t5)):
         if (count := sum(len(chunk.ids) for chunk in chunks or ())) > MOST_TOKENS:
             raise RequestError(f"The prompt has {count} tokens, and {MOST_TOKENS} are the most. Make it shorter.")
     kits, applied = encoders.tokenizers, dict(encoders.adapters)
-    of_l = of_g = of_t5 = None
-    if encoders.clip_l and tokens.clip_l and kits.clip_l:
-        clip = encoders.clip_l()
-        with adapted(clip, applied.get("clip_l", ())):
-            of_l = _encode_all(kits.clip_l, tokens.clip_l, _with_clip(encoders, clip, clip_skip))
-    if encoders.clip_g and tokens.clip_g and kits.clip_g:
-        clip = encoders.clip_g()
-        with adapted(clip, applied.get("clip_g", ())):
-            of_g = _encode_all(kits.clip_g, tokens.clip_g, _with_clip(encoders, clip, clip_skip))
-    if encoders.t5 and tokens.t5 and kits.t5:
-        t5 = encoders.t5()
-        with adapted(t5, applied.get("t5", ())):
-            of_t5 = _encode_all(kits.t5, tokens.t5, _with_t5(encoders, t5))
+    by_clip = partial(_by_clip, encoders, clip_skip)
+    of_l = _of(encoders.clip_l, kits.clip_l, [each.clip_l for each in prompts], applied.get("clip_l", ()), by_clip)
+    of_g = _of(encoders.clip_g, kits.clip_g, [each.clip_g for each in prompts], applied.get("clip_g", ()), by_clip)
+    by_t5 = partial(_by_t5, encoders)
+    of_t5 = _of(encoders.t5, kits.t5, [each.t5 for each in prompts], applied.get("t5", ()), by_t5)
+    return [_put_together(encoders, *each) for each in zip(of_l, of_g, of_t5, strict=True)]
 
+
+def _of(
+    model: Callable[[], M] | None,
+    kit: EncoderTokenizer | None,
+    prompts: Sequence[Sequence[TokenChunk] | None],
+    applied: Applied,
+    encode_chunks: Callable[[M, Sequence[TokenChunk]], list[Chunk]],
+) -> list[Encoded | None]:
+    """What one encoder makes of each prompt; None where it is missing or not asked."""
+    asked = [chunks for chunks in prompts if chunks]
+    if model is None or kit is None or not asked:
+        return [None] * len(prompts)
+    loaded = model()
+    with adapted(loaded, applied):
+        found = iter(_encode_prompts(kit, asked, partial(encode_chunks, loaded)))
+    return [next(found) if chunks else None for chunks in prompts]
+
+
+def _put_together(
+    encoders: TextEncoders, of_l: Encoded | None, of_g: Encoded | None, of_t5: Encoded | None
+) -> Conditioning:
     context: list[Tensor] = []
     pooled = torch.zeros(1, encoders.pooled_width)
     if of_l or of_g:
@@ -131,9 +161,6 @@ def encode_tokens(encoders: TextEncoders, tokens: TokenizedPrompt, *, clip_skip:
     if not context:
         context.append(torch.zeros(1, encoders.positions, encoders.context_width))
     return Conditioning(torch.cat(context, dim=1), pooled.to(context[0].device))
-
-
-Encoded = tuple[Tensor, Tensor]  # rows [1, L, W], pooled [1, P] ([1, 0] for T5)
 
 
 def _width(encoded: Encoded | None) -> int:
@@ -152,44 +179,65 @@ def _side_by_side(of_l: Encoded | None, width_l: int, of_g: Encoded | None, widt
     return F.pad(torch.cat(parts, dim=-1), (0, total - width_l - width_g))
 
 
-def _encode_all(kit: EncoderTokenizer, chunks: Sequence[TokenChunk], encode_chunk: EncodeChunk) -> Encoded:
-    """All chunks of one encoder, weighted, joined on the token axis; pooled from the first."""
-    outputs = [encode_chunk(chunk) for chunk in chunks]
-    rows = [_weighted(hidden, chunk, kit, encode_chunk) for (hidden, _), chunk in zip(outputs, chunks, strict=True)]
-    pooled = outputs[0][1]
-    return torch.cat(rows, dim=1), rows[0].new_zeros(1, 0) if pooled is None else pooled.float()
+def _encode_prompts(
+    kit: EncoderTokenizer,
+    prompts: Sequence[Sequence[TokenChunk]],
+    encode_chunks: Callable[[Sequence[TokenChunk]], list[Chunk]],
+) -> list[Encoded]:
+    """The chunks of each prompt, weighted, joined on the token axis; pooled from the first.
+
+    What is asked for twice, such as the empty text that weights start from, is encoded once.
+    """
+    wanted = [chunk for chunks in prompts for chunk in chunks]
+    wanted += [_empty(kit, chunk) for chunk in wanted if chunk.weighted]
+    distinct = {_read(chunk): chunk for chunk in wanted}
+    encoded = dict(zip(distinct, encode_chunks(list(distinct.values())), strict=True))
+
+    def weighted(chunk: TokenChunk) -> Tensor:
+        hidden = encoded[_read(chunk)][0].float()
+        if not chunk.weighted:
+            return hidden
+        base = encoded[_read(_empty(kit, chunk))][0].float()
+        weights = torch.tensor(chunk.weights, device=hidden.device)[None, :, None]
+        return base + (hidden - base) * weights
+
+    results = list[Encoded]()
+    for chunks in prompts:
+        rows, pooled = torch.cat([weighted(chunk) for chunk in chunks], dim=1), encoded[_read(chunks[0])][1]
+        results.append((rows, rows.new_zeros(1, 0) if pooled is None else pooled.float()))
+    return results
 
 
-def _weighted(hidden: Tensor, chunk: TokenChunk, kit: EncoderTokenizer, encode_chunk: EncodeChunk) -> Tensor:
-    hidden = hidden.float()
-    if not chunk.weighted:
-        return hidden
+def _read(chunk: TokenChunk) -> Hashable:
+    """All of a chunk that an encoder reads."""
+    return chunk.ids, chunk.end, tuple(chunk.vectors.items())
+
+
+def _empty(kit: EncoderTokenizer, chunk: TokenChunk) -> TokenChunk:
+    """The empty text of the same length."""
     vocabulary = kit.vocabulary
-    empty = complete([], before=vocabulary.before, end=vocabulary.end, pad=kit.pad, length=len(chunk.ids))
-    base = encode_chunk(empty)[0].float()
-    weights = torch.tensor(chunk.weights, device=hidden.device)[None, :, None]
-    return base + (hidden - base) * weights
+    return complete([], before=vocabulary.before, end=vocabulary.end, pad=kit.pad, length=len(chunk.ids))
 
 
-def _with_clip(encoders: TextEncoders, model: ClipTextEncoder, clip_skip: int) -> EncodeChunk:
+def _by_clip(
+    encoders: TextEncoders, clip_skip: int, model: ClipTextEncoder, chunks: Sequence[TokenChunk]
+) -> list[Chunk]:
     device = model.text_model.final_layer_norm.weight.device  # tables of tokens may be elsewhere
+    texts = [
+        ClipText(
+            torch.tensor([chunk.ids], device=device),
+            torch.tensor([chunk.end], device=device),
+            _vectors(encoders, chunk),
+        )
+        for chunk in chunks
+    ]
+    return [*model.encode(texts, clip_skip=clip_skip)]
 
-    def encode_chunk(chunk: TokenChunk) -> tuple[Tensor, Tensor]:
-        tokens = torch.tensor([chunk.ids], device=device)
-        end = torch.tensor([chunk.end], device=device)
-        hidden, pooled = model(tokens, end=end, vectors=_vectors(encoders, chunk), clip_skip=clip_skip)
-        return hidden, pooled
 
-    return encode_chunk
-
-
-def _with_t5(encoders: TextEncoders, model: T5Encoder) -> EncodeChunk:
+def _by_t5(encoders: TextEncoders, model: T5Encoder, chunks: Sequence[TokenChunk]) -> list[Chunk]:
     device = model.encoder.final_layer_norm.weight.device  # tables of tokens may be elsewhere
-
-    def encode_chunk(chunk: TokenChunk) -> tuple[Tensor, None]:
-        return model(torch.tensor([chunk.ids], device=device), vectors=_vectors(encoders, chunk)), None
-
-    return encode_chunk
+    texts = [T5Text(torch.tensor([chunk.ids], device=device), _vectors(encoders, chunk)) for chunk in chunks]
+    return [(rows, None) for rows in model.encode(texts)]
 
 
 def _vectors(encoders: TextEncoders, chunk: TokenChunk) -> dict[tuple[int, int], Tensor]:

@@ -21,12 +21,12 @@ from octavo.pipeline.components import Components
 from octavo.pipeline.decode import OVERLAP, decode, decode_as_fits, encode_image, to_uint8
 from octavo.pipeline.denoise import Track
 from octavo.pipeline.editing import Source, source_of
-from octavo.pipeline.encode import Conditioning, TextEncoders, encode
+from octavo.pipeline.encode import Conditioning, TextEncoders, encode_all
 from octavo.pipeline.hires import Hires, enlarged
 from octavo.pipeline.image import Picture
 from octavo.pipeline.latents import latent_shape, latents_of, mask_of
 from octavo.pipeline.passes import Counted, guidance_of, levels_of, sides_of, work_of
-from octavo.pipeline.request import GenerateRequest, Job, resolve
+from octavo.pipeline.request import GenerateRequest, Job, Lora, resolve
 from octavo.pipeline.run import Inpaint, Run, Solve, Step, inpaint_noise, solve
 from octavo.pipeline.sparing import sparing
 from octavo.pipeline.speed import speed_called
@@ -51,8 +51,8 @@ class Progress:
 
 Watcher = Callable[[Progress], None]
 
-Encode = Callable[[TextEncoders, str, int], Conditioning]
-"""`encode.encode`, or one that remembers: encoders, prompt, clip skip."""
+Encode = Callable[[TextEncoders, Sequence[str], int], Sequence[Conditioning]]
+"""`encode.encode_all`, or one that remembers: encoders, prompts, clip skip."""
 
 OnDevice = Callable[[Callable[[], Any]], Any]
 """Does a piece of work on the device and gives its result; for those whose device belongs to another thread."""
@@ -87,7 +87,7 @@ def generate_each(
     *,
     watch: Watcher | None = None,
     solve: Solve = solve,
-    encode: Encode = encode,
+    encode: Encode = encode_all,
     on_device: OnDevice | None = None,
 ) -> Iterator[Picture]:
     """`generate`, one picture at a time as they are finished.
@@ -138,7 +138,7 @@ def draw(
     return Picture(on_device(partial(finish, components, job, latents)), job.settings)
 
 
-def prepare(components: Components, job: Job, *, encode: Encode = encode) -> Track:
+def prepare(components: Components, job: Job, *, encode: Encode = encode_all) -> Track:
     """Words to numbers, for a job of one pass: all that its pictures share."""
     (track,) = prepare_each(components, job, encode=encode)
     return track
@@ -146,23 +146,20 @@ def prepare(components: Components, job: Job, *, encode: Encode = encode) -> Tra
 
 @torch.inference_mode()
 @whole_processor()
-def prepare_each(components: Components, job: Job, *, encode: Encode = encode) -> tuple[Track, ...]:
+def prepare_each(components: Components, job: Job, *, encode: Encode = encode_all) -> tuple[Track, ...]:
     """Words to numbers, for each pass of a job: all that its pictures share."""
     device, dtype, passes = components.device, components.dtype, job.passes
     work = work_of(job, tokens=components.text.positions)
     components.fit(work)
-    stacks = [components.stack(each.loras) for each in passes]
-    said: dict[tuple[object, ...], Conditioning] = {}
-
-    def read(words: str, of: int) -> Conditioning:
-        key = (words, passes[of].loras)
-        if key not in said:
-            text = components.text.adapted({kind: each for kind, each in stacks[of].items() if kind != "mmdit"})
-            said[key] = encode(text, spoken(words), job.clip_skip).to(device, dtype)
-        return said[key]
-
-    negatives = [read(each.negative_prompt, i) if sides_of(each) == 2 else None for i, each in enumerate(passes)]
-    positives = [read(each.prompt, i) for i, each in enumerate(passes)]
+    stacks = {each.loras: components.stack(each.loras) for each in passes}
+    asked = {loras: dict[str, None]() for loras in stacks}  # the words that are read with them
+    for each in passes:
+        asked[each.loras] |= dict.fromkeys([each.prompt, each.negative_prompt][: sides_of(each)])
+    said = dict[tuple[tuple[Lora, ...], str], Conditioning]()
+    for loras, words in asked.items():
+        text = components.text.adapted({kind: each for kind, each in stacks[loras].items() if kind != "mmdit"})
+        told = encode(text, [spoken(prompt) for prompt in words], job.clip_skip)  # in one pass: encoders may stream
+        said |= {(loras, prompt): each.to(device, dtype) for prompt, each in zip(words, told, strict=True)}
     controls = [components.controls(job.controls, each.width, each.height) for each in passes]
     all_controls = [control for each in controls for control in each]
     components.fit(replace(work, tokens=max(each.context.shape[1] for each in said.values())), all_controls)
@@ -171,10 +168,15 @@ def prepare_each(components: Components, job: Job, *, encode: Encode = encode) -
             control.hint(latent_shape(each.width, each.height)[-2:])
     components.make_room_for(components.mmdit, *components.encoders, *([components.vae] if all_controls else []))
     return tuple(
-        Track.of(positive, negative, guidance_of(each), each.shift, stack.get("mmdit", ()), followed)
-        for each, positive, negative, stack, followed in zip(
-            passes, positives, negatives, stacks, controls, strict=True
+        Track.of(
+            said[each.loras, each.prompt],
+            said[each.loras, each.negative_prompt] if sides_of(each) == 2 else None,
+            guidance_of(each),
+            each.shift,
+            stacks[each.loras].get("mmdit", ()),
+            followed,
         )
+        for each, followed in zip(passes, controls, strict=True)
     )
 
 

@@ -34,6 +34,7 @@ from octavo.pipeline.request import Lora
 from octavo.pipeline.room import Room
 from octavo.pipeline.text_cache import TextCache
 from octavo.placement.running import Running
+from octavo.text.tokenizers import TokenizedPrompt
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ WEIGHT_DTYPES: Mapping[str, Mapping[str, Any]] = {
     "fp8_e4m3fn_fast": {"force": "e4m3fn", "fast": True},
     "fp8_e5m2": {"force": "e5m2"},
 }
+Texts = tuple[str, str | None, str | None]  # for all encoders; what CLIP-G and T5 read instead
 RELEASED = (4096, 2048)  # widths of context and pooled text that SD3 and SD3.5 take
 
 
@@ -317,29 +319,26 @@ class Shelf:
         Returns:
             float32 conditioning on the encoders' device.
         """
+        texts = (prompt, prompt_clip_g, prompt_t5)
+        return self._encoded(clip, [texts], clip_skip=clip_skip, skip_empty=skip_empty)[0]
+
+    def encode_all(
+        self, clip: Clip | TextEncoders, prompts: Sequence[str], *, clip_skip: int | None = None
+    ) -> list[Conditioning]:
+        """`encode` for several texts: those that were not encoded before pass through the encoders together."""
+        return self._encoded(clip, [(prompt, None, None) for prompt in prompts], clip_skip=clip_skip)
+
+    def _encoded(
+        self, clip: Clip | TextEncoders, asked: Sequence[Texts], *, clip_skip: int | None, skip_empty: bool = False
+    ) -> list[Conditioning]:
         encoders = clip.encoders if isinstance(clip, Clip) else clip
         layer = clip_skip or (clip.clip_skip if isinstance(clip, Clip) else 2)
-        texts = (prompt, prompt_clip_g, prompt_t5)
 
-        def make() -> Conditioning:
-            tokens = encoders.tokenizers.encode(
-                prompt, prompt_clip_g=prompt_clip_g, prompt_t5=prompt_t5, embeddings=encoders.shapes
-            )
-            for warning in tokens.warnings:
-                logger.warning("%s", warning.text)
-            if skip_empty:
-                of_l, of_g, of_t5 = (bool(prompt if text is None else text) for text in texts)
-                # CLIP-L and CLIP-G stand side by side: one of them reads an empty text rather than nothing.
-                clips = of_l or of_g
-                tokens = replace(
-                    tokens,
-                    clip_l=tokens.clip_l if clips else None,
-                    clip_g=tokens.clip_g if clips else None,
-                    t5=tokens.t5 if of_t5 else None,
-                )
+        def make(missing: Sequence[tuple[Texts, int, bool]]) -> list[Conditioning]:
+            tokens = [_tokens(encoders, texts, skip_empty=skip_empty) for texts, _, _ in missing]
             return encode_tokens(encoders, tokens, clip_skip=layer)
 
-        return self.texts.get(encoders, (texts, layer, skip_empty), make)
+        return self.texts.get(encoders, [(texts, layer, skip_empty) for texts in asked], make)
 
     # LoRAs
 
@@ -397,6 +396,27 @@ class Shelf:
             if key not in self._made:
                 self._made[key] = make()
             return self._made[key]
+
+
+def _tokens(encoders: TextEncoders, texts: Texts, *, skip_empty: bool) -> TokenizedPrompt:
+    """A text as the encoders read it; what is noteworthy about it is logged."""
+    prompt, prompt_clip_g, prompt_t5 = texts
+    tokens = encoders.tokenizers.encode(
+        prompt, prompt_clip_g=prompt_clip_g, prompt_t5=prompt_t5, embeddings=encoders.shapes
+    )
+    for warning in tokens.warnings:
+        logger.warning("%s", warning.text)
+    if not skip_empty:
+        return tokens
+    of_l, of_g, of_t5 = (bool(prompt if text is None else text) for text in texts)
+    # CLIP-L and CLIP-G stand side by side: one of them reads an empty text rather than nothing.
+    clips = of_l or of_g
+    return replace(
+        tokens,
+        clip_l=tokens.clip_l if clips else None,
+        clip_g=tokens.clip_g if clips else None,
+        t5=tokens.t5 if of_t5 else None,
+    )
 
 
 def _stamp(path: Path) -> Hashable:

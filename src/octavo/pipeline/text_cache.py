@@ -1,12 +1,14 @@
 """Conditioning of texts that were encoded before, the least recently used forgotten first."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from threading import Lock
+from typing import TypeVar
 from weakref import finalize
 
 from octavo.pipeline.encode import Conditioning, TextEncoders
 
+T = TypeVar("T", bound=Hashable)
 Key = tuple[int, Hashable]
 
 
@@ -30,35 +32,46 @@ class TextCache:
         """Of all that is kept."""
         return self._nbytes
 
-    def get(self, encoders: TextEncoders, text: Hashable, make: Callable[[], Conditioning]) -> Conditioning:
-        """What `make` gave for this text and these encoders before, else gives now.
+    def get(
+        self, encoders: TextEncoders, texts: Sequence[T], make: Callable[[Sequence[T]], Sequence[Conditioning]]
+    ) -> list[Conditioning]:
+        """What `make` gave for each text and these encoders before, else gives now.
 
         Args:
             encoders: those that `make` uses; another object is another key, but for LoRAs on the same ones, which
                 count by themselves.
-            text: all that the result depends on.
-            make: encodes it; called without a lock held.
+            texts: of each, all that the result depends on.
+            make: encodes those that are missing, each once; called without a lock held.
         """
-        text, encoders = (text, encoders.adapters), encoders.plain or encoders
-        key = (id(encoders), text)
+        adapters, encoders = encoders.adapters, encoders.plain or encoders
+        keys: dict[T, Key] = {text: (id(encoders), (text, adapters)) for text in texts}
+        found: dict[T, Conditioning] = {}
         with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                self.hits += 1
-                return self._kept[key]
-            self.misses += 1
-        made = make()
-        with self._lock:
-            if id(encoders) not in self._known:
-                # An object that comes later may get the same id.
-                self._known.add(id(encoders))
-                finalize(encoders, self._forget, id(encoders))
+            for text, key in keys.items():
+                if key in self._kept:
+                    self._kept.move_to_end(key)
+                    found[text] = self._kept[key]
+            missing = [text for text in keys if text not in found]
+            self.misses += len(missing)
+            self.hits += len(texts) - len(missing)
+        if missing:
+            made = dict(zip(missing, make(missing), strict=True))
+            with self._lock:
+                self._keep(encoders, {keys[text]: each for text, each in made.items()})
+            found |= made
+        return [found[text] for text in texts]
+
+    def _keep(self, encoders: TextEncoders, made: Mapping[Key, Conditioning]) -> None:
+        if id(encoders) not in self._known:
+            # An object that comes later may get the same id.
+            self._known.add(id(encoders))
+            finalize(encoders, self._forget, id(encoders))
+        for key, each in made.items():
             if key not in self._kept:
-                self._kept[key] = made
-                self._nbytes += _nbytes(made)
-            while self._nbytes > self.limit and self._kept:
-                self._nbytes -= _nbytes(self._kept.popitem(last=False)[1])
-        return made
+                self._kept[key] = each
+                self._nbytes += _nbytes(each)
+        while self._nbytes > self.limit and self._kept:
+            self._nbytes -= _nbytes(self._kept.popitem(last=False)[1])
 
     def clear(self) -> None:
         """Forget all of them."""

@@ -72,7 +72,10 @@ def controlnet_step(config: ControlNetConfig, work: Work, *, itemsize: int, fp8:
 
 
 def encoder(config: ClipConfig | T5Config, work: Work, *, itemsize: int) -> int:
-    """Bytes of one call for one prompt: the residual stream a few times, and the wider of attention and MLP."""
+    """Bytes while all prompts are encoded, layer by layer: the residual stream a few times and the wider of attention
+    and MLP for the one at work; of each other what enters the layer, what left it, and what CLIP keeps of an earlier
+    one. A prompt with weights has an empty one beside it, as long as itself.
+    """
     if isinstance(config, T5Config):
         length = max(77, work.tokens - 77)
         inner = config.heads * config.head_width
@@ -82,7 +85,10 @@ def encoder(config: ClipConfig | T5Config, work: Work, *, itemsize: int) -> int:
         widest = max(4 * config.width, 3 * config.mlp_width)
     # Position biases, and logits where a kernel writes them out in float32.
     square = config.heads * length * length * (2 * itemsize + 8)
-    return itemsize * length * (5 * config.width + widest) + square + 16 * length * length
+    if isinstance(config, T5Config):  # biases for each length
+        square += (work.prompts - 1) * config.heads * length * length * itemsize
+    others = 3 * (2 * work.prompts - 1) * config.width
+    return itemsize * length * (5 * config.width + others + widest) + square + 16 * length * length
 
 
 def vae_decode(config: VAEConfig, work: Work, *, itemsize: int, tile: int | None = None) -> int:

@@ -4,8 +4,8 @@
     velocity = mmdit(x, context, table)    # as ever: the same bits
 
 Blocks pass through the device as `stream` has it. adaLN is called once a run, before the first step, and for all blocks
-in a row: where it streams, its slots exist only meanwhile. Token tables of encoders stay in host memory, and the rows
-that a prompt asks for are moved.
+in a row, and so are an encoder's layers: where they stream, their slots exist only meanwhile. Token tables of encoders
+stay in host memory, and the rows that a prompt asks for are moved.
 """
 
 from typing import TYPE_CHECKING
@@ -42,7 +42,7 @@ class Placed:
         passing = {id(module) for unit in (*units.blocks, *units.modulation) for module in unit.inside()}
         passing |= {id(table) for table in units.tables}
         others = tuple(module for module in model.modules() if id(module) not in passing)
-        self._blocks = Streamed(units.blocks, stay, mover)
+        self._blocks = Streamed(units.blocks, stay, mover, once=units.now_and_then)
         self._modulation = Streamed(units.modulation, self._of_modulation(), mover, once=True)
         with plain_tensors():
             self._rest = Held(Unit("rest", others, alone=True), mover)

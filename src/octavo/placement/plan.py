@@ -3,12 +3,11 @@
 Plans stand on a ladder, the fastest on top, and `make_plan` takes the first that fits:
 
 1. everything stays;
-2. text encoders and VAE are there only while they work;
+2. text encoders and VAE are there only while they work; the encoders pass through layer by layer, once for all prompts;
 3. the modulation's weights, a third of the MMDiT, pass through once a run;
-4. encoders pass through layer by layer;
-5. blocks of the MMDiT pass through at each step: as few as needed, evenly among those that stay, so that each copy has
+4. blocks of the MMDiT pass through at each step: as few as needed, evenly among those that stay, so that each copy has
    the work of its neighbours to hide behind;
-6. the VAE decodes in tiles, the only rung that changes a picture (a little).
+5. the VAE decodes in tiles, the only rung that changes a picture (a little).
 
 How a plan is carried out is `stream`'s business; here nothing is loaded and nothing asked of any device.
 """
@@ -172,9 +171,8 @@ def make_plan(shapes: Shapes, budget: int, card: Card | None = None, *, work: Wo
 class _Rung:
     """A place on the ladder."""
 
-    apart: bool = False  # encoders and VAE are there only while they work
+    apart: bool = False  # encoders and VAE are there only while they work, the encoders layer by layer
     modulation_streamed: bool = False
-    encoders_streamed: bool = False
     passing: int = 0  # blocks of the MMDiT
     tile: int | None = None
 
@@ -184,8 +182,6 @@ def _rungs(shapes: Shapes) -> Iterator[_Rung]:
     rung = _Rung(apart=True)
     yield rung
     rung = replace(rung, modulation_streamed=bool(shapes.parts["mmdit"].modulation))
-    yield rung
-    rung = replace(rung, encoders_streamed=True)
     yield rung
     depth = len(shapes.parts["mmdit"].units)
     for passing in range(1, depth + 1):
@@ -201,7 +197,7 @@ def _stays(shapes: Shapes, rung: _Rung) -> dict[str, Stay]:
     for kind, part in shapes.parts.items():
         layers = len(part.units)
         if kind in shapes.encoders:
-            stays[kind] = Stay(resident=0 if rung.encoders_streamed else layers, layers=layers, leaves=rung.apart)
+            stays[kind] = Stay(resident=0 if rung.apart else layers, layers=layers, leaves=rung.apart)
         elif kind == "vae":
             stays[kind] = Stay(resident=0, layers=0, leaves=rung.apart)
         else:
@@ -230,12 +226,11 @@ def _stages(shapes: Shapes, work: Work, rung: _Rung) -> dict[str, Stage]:
         (activations.encoder(cast("ClipConfig | T5Config", p.config), work, itemsize=itemsize) for p in encoders),
         default=0,
     )
-    if rung.encoders_streamed:
+    rest = buffers = 0
+    if rung.apart:
         # One after the other, each with its own rest and buffers.
         rest = max((part.rest for part in encoders), default=0)
         buffers = max((_buffers(part.units, 2) for part in encoders), default=0)
-    else:
-        rest, buffers = whole if rung.apart else 0, 0
     passing = _buffers(adaln, 2) if rung.modulation_streamed else 0
     denoise = activations.mmdit_step(config, work, itemsize=itemsize, fp8=fp8)
     if control is not None:

@@ -50,22 +50,19 @@ def run(
 
 
 def _encode(shapes: Shapes, work: Work, stays: Mapping[str, Stays], card: Card) -> Iterator[Task]:
-    for prompt in range(work.prompts):
-        for kind, part in shapes.encoders.items():
-            stay = stays[kind]
-            # Those that leave as a whole come for the first prompt and serve all.
-            whole = stay.leaves and not stay.streamed and prompt == 0
-            beginning = (part.rest + part.table if whole else part.rest) if whole or stay.streamed else 0
-            yield Task(stage="encode", name=kind, compute=0.0, copy=beginning, pool=f"{kind}, whole")
-            for i, nbytes in enumerate(part.units):
-                cost = costs.encoder_layer(cast("ClipConfig | T5Config", part.config), nbytes, work)
-                yield Task(
-                    stage="encode",
-                    name=f"{kind} {i}",
-                    compute=cost.seconds(card, fp8=_in_fp8(part)),
-                    copy=nbytes if whole or i in stay.streamed_units else 0,
-                    pool=f"{kind}, whole" if whole else kind,
-                )
+    for kind, part in shapes.encoders.items():
+        stay = stays[kind]
+        rest = part.rest if stay.leaves else 0
+        yield Task(stage="encode", name=kind, compute=0.0, copy=rest, pool=f"{kind}, whole")
+        for i, nbytes in enumerate(part.units):
+            cost = costs.encoder_layer(cast("ClipConfig | T5Config", part.config), nbytes, work)
+            yield Task(
+                stage="encode",
+                name=f"{kind} {i}",
+                compute=work.prompts * cost.seconds(card, fp8=_in_fp8(part)),  # layer by layer, see `T5Encoder.encode`
+                copy=nbytes if i in stay.streamed_units else 0,
+                pool=kind,
+            )
 
 
 def _modulation(shapes: Shapes, work: Work, *, streamed: bool, card: Card) -> Iterator[Task]:

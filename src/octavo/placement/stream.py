@@ -93,7 +93,8 @@ class Streamed:
             units: in the order in which they are called.
             stay: of as many layers as there are units.
             mover: knows the device.
-            once: they are called in a row now and then, rather than again and again: slots exist only meanwhile.
+            once: they are called in a row now and then, each for as many inputs as the one before it, rather than
+                again and again: slots exist only meanwhile.
         """
         self._mover, self._once = mover, once
         with plain_tensors():
@@ -102,6 +103,7 @@ class Streamed:
         self.slots: list[_Slot] = []
         self._views: dict[tuple[int, int], Pointing] = {}  # by slot and unit
         self._lock, self._holder, self._inside = Lock(), -1, -1
+        self._calls, self._before = (-1, 0), 0  # the unit called last with its calls in a row, and those of the former
         self.move(stay)
 
     def move(self, stay: "Stay", *, away: bool = False) -> None:
@@ -220,10 +222,19 @@ class Streamed:
             if slot is not None:
                 slot.free = self._mover.mark()
             self._inside = -1
-            if self._once and i == self.streamed[-1]:
+            if self._once and self._over(i):
                 self.rest()
         finally:
             self._let_go()
+
+    def _over(self, i: int) -> bool:
+        """Whether unit `i`, left now, ends the row: it is the last, and has served all inputs."""
+        last, calls = self._calls
+        if i == last:
+            self._calls = (i, calls + 1)
+        else:
+            self._calls, self._before = (i, 1), calls
+        return i == self.streamed[-1] and self._calls[1] >= self._before
 
     def _let_go(self) -> None:
         self._holder = -1

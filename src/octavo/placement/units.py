@@ -15,9 +15,10 @@ from octavo.placement.home import Unit
 class Units:
     """What of a model may pass through a device, in the order of use."""
 
-    blocks: tuple[Unit, ...] = ()  # once a step; of an encoder, once a prompt
+    blocks: tuple[Unit, ...] = ()  # once a step; of an encoder, once for all prompts of a job
     modulation: tuple[Unit, ...] = ()  # adaLN, once a run
     tables: tuple[nn.Embedding, ...] = ()  # of tokens: looked up in host memory
+    now_and_then: bool = False  # whether the blocks are those of an encoder: used in a row, and not again soon
 
 
 def units_of(model: nn.Module) -> Units:
@@ -40,11 +41,11 @@ def units_of(model: nn.Module) -> Units:
         )
     if isinstance(model, ClipTextEncoder):
         text = model.text_model
-        return Units(tuple(map(unit, text.encoder.layers)), (), (text.embeddings.token_embedding,))
+        return Units(tuple(map(unit, text.encoder.layers)), (), (text.embeddings.token_embedding,), True)
     if isinstance(model, T5Encoder):
         # The first block's table of position biases serves all, and is read before the first.
         tables = [part for part in model.encoder.modules() if isinstance(part, nn.Embedding)]
-        return Units(tuple(unit(block, without=tables) for block in model.encoder.block), (), (model.shared,))
+        return Units(tuple(unit(block, without=tables) for block in model.encoder.block), (), (model.shared,), True)
     return Units()
 
 

@@ -17,7 +17,7 @@ class Work:
     steps: int = 28  # evaluations of the model
     rows: int = 2  # of a model call: twice the pictures with guidance, else as many
     tokens: int = 333  # of text: CLIP's 77 and 256 of T5, the longest that diffusers takes
-    prompts: int = 2  # texts to encode, one after the other: with guidance the negative one, too
+    prompts: int = 2  # texts to encode, in one pass: with guidance the negative one, too
     pictures: int = 1  # to decode, one after the other
 
     def __post_init__(self) -> None:
