@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from octavo.pipeline.assemble import load
     from octavo.pipeline.components import Components
     from octavo.pipeline.generate import generate, generate_each
+    from octavo.pipeline.hires import Hires
     from octavo.pipeline.image import Picture
     from octavo.pipeline.request import GenerateRequest, Lora
 
 __all__ = [
     "Components",
     "GenerateRequest",
+    "Hires",
     "Lora",
     "Picture",
     "QuantizeSettings",
@@ -42,6 +44,7 @@ _HOMES = {
     "load": "octavo.pipeline.assemble",
     "generate": "octavo.pipeline.generate",
     "generate_each": "octavo.pipeline.generate",
+    "Hires": "octavo.pipeline.hires",
     "Picture": "octavo.pipeline.image",
     "GenerateRequest": "octavo.pipeline.request",
     "Lora": "octavo.pipeline.request",

@@ -241,7 +241,7 @@ def generate(
     for remark in dict.fromkeys([*components.warnings, *(r for p in texts for r in components.remarks(p))]):
         console.print(remark, style="yellow", markup=False)
     known = (components.preset.width, components.preset.height)
-    if components.embedded and any((r.width or known[0], r.height or known[1]) != known for r in requests):
+    if components.embedded and any(size != known for request in requests for size in _sizes(request, known)):
         console.print(f"It has only seen {known[0]}x{known[1]} pictures; other sizes come out worse.", style="yellow")
     for request in requests:
         _draw(console, components, request, out, preview)
@@ -291,6 +291,12 @@ def _requests(texts: list[str], repeat: Path | None, given: dict[str, Any]) -> l
     if not texts:
         raise RequestError('Say what to draw: octavo generate "a red star", --prompts FILE, or --from PICTURE.')
     return [GenerateRequest(prompt=text, **given) for text in texts]
+
+
+def _sizes(request: "GenerateRequest", usual: tuple[int, int]) -> list[tuple[int, int]]:
+    """Those that are drawn, one after the other."""
+    first = request.width or usual[0], request.height or usual[1]
+    return [first, *([] if request.hires is None else [request.hires.size(*first)])]
 
 
 def parse_size(text: str | None) -> dict[str, int]:

@@ -29,6 +29,7 @@ from octavo.server.state import State, TheState
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 MOST_FIELDS = 40  # of a form
 LARGEST_FIELD = 128 * 1024  # bytes of a field that is no file
+EDIT_FIELDS = Edits.model_json_schema(ref_template="#/components/schemas/{model}")["properties"]
 EDIT_FORM = {
     "requestBody": {
         "required": True,
@@ -40,7 +41,7 @@ EDIT_FORM = {
                     "properties": {
                         "image": {"type": "string", "format": "binary", "description": "PNG, JPEG or WebP"},
                         "mask": {"type": "string", "format": "binary", "description": "transparent where to edit"},
-                        **Edits.model_json_schema()["properties"],
+                        **{name: field for name, field in EDIT_FIELDS.items() if name != "hires"},  # refused
                     },
                 }
             }
