@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from octavo.pipeline.hires import METHODS, Hires
 from octavo.pipeline.image import open_image, read_settings
 from tests.cli.test_generate import Run, run, tree
 
@@ -89,3 +90,13 @@ def test_what_cannot_be_done_is_said_in_a_sentence(run: Run, words: tuple[str, .
 def test_words_of_the_second_prompt_that_nobody_knows_are_remarked(run: Run) -> None:
     _, _, err = run("a red star", "--hires", "2", "--hires-prompt", "a zorgle star")
     assert "'zorgle'" in err
+
+
+def test_the_help_tells_the_defaults_that_hold(run: Run) -> None:
+    code, out, _ = run("--help")
+    told = " ".join(" ".join(out).replace("│", " ").split())
+    assert code == 0
+    assert f"{Hires().method} (if unsaid)" in told
+    assert f"{Hires().denoise:g} if unsaid" in told
+    named = ("bicubic", "bilinear", "nearest-exact", "latent-bislerp", "latent-bicubic")
+    assert all(name in told and name in METHODS for name in named)

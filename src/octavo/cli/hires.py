@@ -27,20 +27,14 @@ Method = Annotated[
     str | None,
     typer.Option(
         "--hires-method",
-        help="How it is made larger: as pixels by lanczos, bicubic, bilinear, nearest-exact; or as latents by "
-        "latent-bislerp, latent-bicubic, …  [default: lanczos]",
-        show_default=False,
+        help="How it is made larger: as pixels by lanczos (if unsaid), bicubic, bilinear, nearest-exact; or as latents "
+        "by latent-bislerp, latent-bicubic, …",
         rich_help_panel=PANEL,
     ),
 ]
 Denoise = Annotated[
     float | None,
-    typer.Option(
-        "--hires-denoise",
-        help="How much of it is made anew, 0 to 1.  [default: 0.5]",
-        show_default=False,
-        rich_help_panel=PANEL,
-    ),
+    typer.Option("--hires-denoise", help="How much of it is made anew, 0 to 1; 0.5 if unsaid.", rich_help_panel=PANEL),
 ]
 Steps = Annotated[
     int | None, typer.Option("--hires-steps", help="Its steps; as --steps if unsaid.", rich_help_panel=PANEL)

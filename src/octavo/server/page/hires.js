@@ -23,13 +23,14 @@ export function useHires(hires, used) {
   field("hires_steps").value = steps || 0;
   field("hires_prompt").value = prompt || "";
   $("hires").open = Boolean(hires);
-  echoHires();
 }
 
-export function echoHires() {
+export function echoHires(model) {
   const scale = Number(field("hires_scale").value);
   const sides = [kept.width || nearest(field("width").value * scale), kept.height || nearest(field("height").value * scale)];
   $("hires-size").textContent = scale ? `${field("width").value} × ${field("height").value}, then ${sides.join(" × ")}` : "Once, as large as above";
+  const seen = model?.embedded && [model.preset.width, model.preset.height];
+  if (scale && seen && sides.join() !== seen.join()) $("hires-size").textContent += `; this small model has only seen ${seen.join(" × ")}`;
   $("hires-denoise-now").textContent = field("hires_denoise").value;
   $("hires-steps-now").textContent = Number(field("hires_steps").value) || "as above";
 }

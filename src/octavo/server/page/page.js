@@ -88,7 +88,7 @@ function echo() {
     $(id).textContent = field(name).value;
   // A picture to start from has one pass.
   $("hires-fields").disabled = Boolean(startPicture) && field("use").value === "start";
-  echoHires();
+  echoHires(model());
 }
 
 function settings() {
