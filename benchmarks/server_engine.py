@@ -29,6 +29,7 @@ PROMPTS = (
 SAMPLERS = ("euler", "dpmpp_2m", "heun", "euler_ancestral", "uni_pc", "dpmpp_2m_sde", "ddim", "deis")
 STEPS = (8, 20, 12, 28)
 MIXED = 16  # requests
+FP8 = "octavo-demo-fp8.safetensors"  # the embedded model with FP8 weights
 LONG, SHORT, AHEAD = 50, 4, 10  # steps of long and short requests, and how many long ones are ahead
 
 
@@ -50,6 +51,7 @@ def measure_engine(repeats: int) -> None:
     _overhead(components, batcher, repeats)
     _throughput(components, batcher, repeats)
     _wait(components, batcher, repeats)
+    _throughput(batcher.do(partial(load, FP8, device="cpu")), batcher, repeats)
     batcher.close()
 
 
@@ -85,10 +87,11 @@ def _throughput(components: Components, batcher: Batcher, repeats: int) -> None:
             list(pool.map(draw, requests))
 
     timings = interleave({"one by one": one_by_one, "at once": at_once}, warmup=1, repeats=repeats)
-    report("engine_mixed_one_by_one", "s", timings["one by one"], requests=MIXED)
-    report("engine_mixed_at_once", "s", timings["at once"], requests=MIXED)
+    told = {"requests": MIXED, "model": components.name}
+    report("engine_mixed_one_by_one", "s", timings["one by one"], **told)
+    report("engine_mixed_at_once", "s", timings["at once"], **told)
     gain = ratio(timings["one by one"], timings["at once"])
-    report("engine_mixed_throughput", "times", gain, what="at once over one by one", requests=MIXED)
+    report("engine_mixed_throughput", "times", gain, what="at once over one by one", **told)
 
 
 def _wait(components: Components, batcher: Batcher, repeats: int) -> None:

@@ -20,9 +20,10 @@ from typing import Any
 from websockets.sync.client import ClientConnection, connect
 
 from benchmarks.common import Timing, ratio, report
-from benchmarks.server_engine import AHEAD, LONG, MIXED, PROMPTS, SHORT, mixed
+from benchmarks.server_engine import AHEAD, FP8, LONG, MIXED, PROMPTS, SHORT, mixed
 
 SERVE = [sys.executable, "-c", "from octavo.cli.main import main; main()", "serve"]
+CHECKPOINT = "octavo-demo.safetensors"
 PATIENCE = 120.0  # seconds until something must have happened
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
 
@@ -146,6 +147,7 @@ def measure_http(repeats: int) -> None:
     with _serving() as client:
         _cached(client, repeats)
         _throughput(client, repeats)
+        _throughput(client, repeats, unet=FP8)
         in_company = _waits(client, repeats)
     with _serving("--workers", "1") as client:
         in_order = _waits(client, repeats)
@@ -191,23 +193,24 @@ def _cached(client: Client, repeats: int) -> None:
     report("server_cached_workflow", "ms", Timing(tuple(seconds)), what="POST /prompt to execution_success")
 
 
-def _throughput(client: Client, repeats: int) -> None:
+def _throughput(client: Client, repeats: int, unet: str | None = None) -> None:
     """Mixed requests one after the other, and all at once; other seeds every time, so that nothing is cached."""
     one_by_one, at_once = [], []
     for round in range(1 + repeats):  # the first is not counted: it brings the texts into their cache
         begin = perf_counter()
-        for each in _mixed(seed=1000 * round):
+        for each in _mixed(1000 * round, unet):
             client.ended([client.send(each)])
         middle = perf_counter()
-        client.ended([client.send(each) for each in _mixed(seed=1000 * round + 500)])
+        client.ended([client.send(each) for each in _mixed(1000 * round + 500, unet)])
         if round:
             one_by_one.append(middle - begin)
             at_once.append(perf_counter() - middle)
     alone, together = Timing(tuple(one_by_one)), Timing(tuple(at_once))
-    report("server_mixed_one_by_one", "s", alone, requests=MIXED)
-    report("server_mixed_at_once", "s", together, requests=MIXED)
+    told = {"requests": MIXED, "model": CHECKPOINT if unet is None else unet}
+    report("server_mixed_one_by_one", "s", alone, **told)
+    report("server_mixed_at_once", "s", together, **told)
     gain = ratio(alone, together)
-    report("server_mixed_throughput", "times", gain, what="at once over one by one", requests=MIXED)
+    report("server_mixed_throughput", "times", gain, what="at once over one by one", **told)
 
 
 def _waits(client: Client, repeats: int) -> Timing:
@@ -224,24 +227,30 @@ def _waits(client: Client, repeats: int) -> Timing:
     return Timing(tuple(seconds))
 
 
-def _mixed(seed: int) -> list[dict[str, Any]]:
+def _mixed(seed: int, unet: str | None) -> list[dict[str, Any]]:
     return [
-        workflow(request.prompt, str(request.sampler), request.steps or 20, seed=seed + i)
+        workflow(request.prompt, str(request.sampler), request.steps or 20, seed=seed + i, unet=unet)
         for i, request in enumerate(mixed())
     ]
 
 
-def workflow(prompt: str, sampler: str, steps: int, *, seed: int) -> dict[str, Any]:
-    """A picture of 128x128 px by the embedded model, in ComfyUI's API format."""
+def workflow(prompt: str, sampler: str, steps: int, *, seed: int, unet: str | None = None) -> dict[str, Any]:
+    """A picture of 128x128 px by the embedded model, in ComfyUI's API format.
+
+    Args:
+        unet: a file of diffusion_models/ that draws in the place of the checkpoint's own.
+    """
+    loader = {"8": {"class_type": "UNETLoader", "inputs": {"unet_name": unet, "weight_dtype": "default"}}}
     return {
-        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "octavo-demo.safetensors"}},
+        **({} if unet is None else loader),
+        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": CHECKPOINT}},
         "2": {"class_type": "CLIPTextEncode", "inputs": {"text": prompt, "clip": ["1", 1]}},
         "3": {"class_type": "CLIPTextEncode", "inputs": {"text": "", "clip": ["1", 1]}},
         "4": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}},
         "5": {
             "class_type": "KSampler",
             "inputs": {
-                "model": ["1", 0],
+                "model": ["1" if unet is None else "8", 0],
                 "positive": ["2", 0],
                 "negative": ["3", 0],
                 "latent_image": ["4", 0],
