@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.predicted import beside
+
 MINUTES = 7.6  # of the eight; the rest is for Python's start and the last file
 ENDING = 12.0  # seconds that a section gets to end by itself when its time is up
 TAIL = 4000  # letters of a section's output that go into the JSON
@@ -163,6 +165,9 @@ def summary(page: dict[str, Any]) -> dict[str, Any]:
     checks = [line for line in page["lines"] if line["name"].startswith("check.") and "ok" in line["conditions"]]
     medians = {name: line["median"] for name, line in found.items() if name.startswith(("step.", "picture.", "cold."))}
     whole = [medians.get(f"picture.large.{kind}.whole") for kind in ("bfloat16", "fp8")]
+    measured = {name: line["median"] for name, line in found.items()}
+    if whole[0] and whole[1]:
+        measured["picture.large.fp8_over_bfloat16"] = whole[1] / whole[0]
     return {
         "device": page["device"],
         "seconds": page["seconds"],
@@ -174,6 +179,7 @@ def summary(page: dict[str, Any]) -> dict[str, Any]:
         "checks_failed": [line["name"] for line in checks if not line["conditions"]["ok"]],
         "fp8_over_bf16_picture": round(whole[0] / whole[1], 3) if whole[0] and whole[1] else None,
         "medians": {name: value for name, value in medians.items() if name.count(".") <= 3},
+        "beside_predicted": beside(page["device"], measured),
     }
 
 

@@ -1,6 +1,7 @@
 """Operations as torch counts them, bytes moved as an observer of every operation counts them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -8,15 +9,19 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from octavo.fp8 import LinearSpec, Scaled, fuse, prepare
 from octavo.fp8.int8 import quantize_int8
+from octavo.fp8.modulate import DEFINITIONS, Kernels, Stream
 from octavo.fp8.scale import quantize_input
 from octavo.models import VAE, ClipConfig, ClipTextEncoder, MMDiT, MMDiTConfig, T5Config, T5Encoder, VAEConfig
 from octavo.models import attention as attention_module
+from octavo.models.ops import PLAIN, QKV, use_ops
 from octavo.placement import costs
 from octavo.placement.cards import CARDS
-from octavo.placement.costs import Cost
+from octavo.placement.costs import Cost, Passes
 from octavo.placement.shapes import Shapes
 from octavo.placement.work import Work
+from octavo.quantize import convert
 from tests.placement.live import Live
 
 WORK = Work(width=256, height=192, rows=2, tokens=130, steps=3)
@@ -47,11 +52,11 @@ def inputs(config: MMDiTConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def whole_step(config: MMDiTConfig, model: MMDiT, *, fused: bool = False) -> Cost:
+def whole_step(config: MMDiTConfig, model: nn.Module, passes: Passes = "plain") -> Cost:
     part = Shapes.of({"mmdit": model}, torch.float32).parts["mmdit"]
     total = Cost()
     for i in range(config.depth):
-        total += costs.mmdit_block(config, i, WORK, part, fused=fused)
+        total += costs.mmdit_block(config, i, WORK, part, passes=passes)
     return total
 
 
@@ -72,7 +77,7 @@ def test_operations_of_sd35_large_are_those_of_the_closed_formula() -> None:
     part = Shapes.of({"mmdit": _on_meta(config)}).parts["mmdit"]
     total = Cost()
     for i in range(config.depth):
-        total += costs.mmdit_block(config, i, work, part, fused=True)
+        total += costs.mmdit_block(config, i, work, part, passes="8 bits")
     b, D, L, n, t = 2, config.width, config.depth, 4096, 333
     assert total.products == 2 * b * D * D * (12 * L * n + (12 * (L - 1) + 3) * t)
     assert total.attention == 4 * b * D * L * (n + t) ** 2
@@ -105,10 +110,58 @@ def test_rounding_by_torch_one_operation_after_the_other_moves_the_bytes_that_th
         assert live.moved / x.numel() == pytest.approx(nbytes, rel=0.01)  # but for the rows' scales
 
 
-def test_fused_passes_move_less() -> None:
-    for config in CONFIGS:
-        model = _on_meta(config)
-        assert whole_step(config, model, fused=True).moved < 0.7 * whole_step(config, model).moved
+class Reading:
+    """Definitions of the fused steps that count the bytes of tokens which a kernel reads and writes at least once."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        names = ("modulated", "residual_modulated", "gelu", "residual", "heads")
+        self.kernels = Kernels(name="reading", **{name: self._counted(getattr(DEFINITIONS, name)) for name in names})
+
+    def _counted(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            out = step(*arguments)
+            given = [each.qkv if isinstance(each, Stream) else each for each in arguments]
+            self.count(*given, *(out if isinstance(out, list | tuple) else [out]))
+            return out
+
+        return run
+
+    def count(self, *tensors: Any) -> None:
+        """Vectors of modulation and scales of rows are small things, if the model is not."""
+        whole = [each.q if isinstance(each, Scaled) else each for each in tensors if isinstance(each, Scaled | Tensor)]
+        self.nbytes += sum(each.nbytes for each in whole if each.numel() >= WORK.tokens * CONFIGS[0].width)
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["16 bits", "8 bits"])
+@pytest.mark.parametrize("config", CONFIGS, ids=["plain", "dual"])
+def test_fused_passes_read_and_write_their_bytes_once(config: MMDiTConfig, fp8: bool) -> None:
+    """What each kernel is given and gives; GELU without FP8 is torch's, and projections' inputs are rounded alone."""
+    model: nn.Module = MMDiT(config).bfloat16()
+    if fp8:
+        names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and "blocks" in name]
+        convert(model, dict.fromkeys(names, LinearSpec(granularity="row")))
+        prepare(model, "cpu", torch.bfloat16, backend="plain-w8a8")
+    reading = Reading()
+    cpu = torch.device("cpu")
+    ops = fuse(model, PLAIN, QKV, device=cpu, dtype=torch.bfloat16, kernels=reading.kernels, needs=(), measure=False)
+    use_ops(model, ops)
+    for name, layer in model.named_modules():
+        if fp8 and name.endswith("proj") and "blocks" in name:
+            layer.register_forward_pre_hook(lambda _layer, given: reading.count(given[0], given[0].to(torch.int8)))
+        if not fp8 and name.endswith("mlp.fc2"):
+            layer.register_forward_pre_hook(lambda _layer, given: reading.count(given[0], given[0]))
+    latents, context, timestep, pooled = (each.bfloat16() for each in inputs(config))
+    model(latents, context, model.modulation(timestep, pooled))  # type: ignore[operator]
+    told = whole_step(config, model, "8 bits" if fp8 else "16 bits").moved
+    assert reading.nbytes == told
+
+
+def test_attention_in_eight_bits_is_faster_where_there_are_units_for_it() -> None:
+    work = Cost(attention=1e15)
+    assert work.seconds(CARDS["h200"], fp8=True, attention_8bit=True) < work.seconds(CARDS["h200"], fp8=True)
+    for card in (CARDS["a10g-24gb"], CARDS["t4-16gb"]):
+        assert work.seconds(card, fp8=True, attention_8bit=True) == work.seconds(card, fp8=True)
 
 
 def test_modulation_and_encoders_take_the_operations_that_torch_counts() -> None:

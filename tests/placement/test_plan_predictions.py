@@ -5,8 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.predict import MODELS, SMALL, STORED, key, predict
+from benchmarks import peer_passes, predict_aims
+from benchmarks.gpu import summary
+from benchmarks.predict import MODELS, SMALL, STORED, WORK, key, predict
+from benchmarks.predicted import STORED as AIMS_STORED
 from octavo.checkpoint.skeletons import skeletons
 from octavo.errors import RequestError
 from octavo.placement.cards import CARDS
@@ -77,3 +81,65 @@ def test_the_stored_predictions_are_those_of_the_code(large: Shapes) -> None:
             entry = stored["predictions"][key("large", "fp8", memory, card)]
             assert entry == predict(card, large, "fp8", memory)
             assert compare(entry, {"peak": entry["peak"]})[0].kept
+
+
+# What an H200 should take
+
+
+@pytest.fixture(scope="module")
+def figures() -> dict[str, float]:
+    return predict_aims.figures()
+
+
+def test_the_stored_aims_are_those_of_the_code(figures: dict[str, float]) -> None:
+    """Written anew by `python -m benchmarks.predict_aims` whenever plans or costs change."""
+    stored = json.loads((ROOT / AIMS_STORED).read_text("utf-8"))
+    assert stored["predicted"] is True
+    assert stored["figures"] == figures
+    assert stored["assumed"] == predict_aims.ASSUMED
+    assert set(stored["aims"]) <= set(figures)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_ratios_are_of_their_figures_and_what_does_less_takes_less(figures: dict[str, float], model: str) -> None:
+    for kind, end in (("step", ""), ("picture", ".whole")):
+        of = {name: figures[f"{kind}.{model}.{name}{end}"] for name in (*predict_aims.OURS, *predict_aims.PEERS)}
+        assert of["fp8_fast"] < of["fp8"] < of["diffusers_torchao_fp8_compiled"] < of["bfloat16"] < of["diffusers"]
+        for ours in ("fp8", "fp8_fast"):
+            for other in ("bfloat16", *predict_aims.PEERS):
+                ratio = figures[f"{kind}.{model}.{ours}_over_{other}"]
+                assert ratio == pytest.approx(of[ours] / of[other], rel=2e-3)
+    for start in (f"cold.{model}", f"picture.{model}.fp8"):
+        stages = [value for name, value in figures.items() if name.startswith(f"{start}.") and "whole" not in name]
+        assert sum(stages) == pytest.approx(figures[f"{start}.whole"], rel=1e-3)
+
+
+def test_a_whole_picture_is_what_octavo_plan_says(large: Shapes, figures: dict[str, float]) -> None:
+    plan = make_plan(large, CARDS["h200"].usable, CARDS["h200"], work=WORK)
+    assert figures["picture.large.fp8.whole"] == pytest.approx(plan.seconds, rel=1e-3)
+
+
+def test_peers_start_the_kernels_that_were_counted() -> None:
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    stored = json.loads((ROOT / peer_passes.STORED).read_text("utf-8"))
+    if stored["versions"] != {"diffusers": diffusers.__version__, "torch": torch.__version__.partition("+")[0]}:
+        pytest.skip("counted with other versions")
+    for model in MODELS:
+        assert stored[model] == peer_passes.count(model)
+
+
+def test_what_was_measured_stands_beside_what_was_predicted_of_the_same_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    stored = json.loads(AIMS_STORED.read_text("utf-8"))["figures"]
+    lines = [
+        {"name": f"picture.large.{kind}.whole", "median": 2 * stored[f"picture.large.{kind}.whole"], "conditions": {}}
+        for kind in ("bfloat16", "fp8")
+    ]
+    page = {"sections": [], "lines": [*lines, {"name": "a", "median": 1.0, "conditions": {}}], "errors": []}
+    told = summary({**page, "device": "NVIDIA H200", "seconds": 1.0})["beside_predicted"]
+    assert set(told) == {"picture.large.bfloat16.whole", "picture.large.fp8.whole", "picture.large.fp8_over_bfloat16"}
+    assert told["picture.large.fp8.whole"]["ratio"] == 2
+    assert told["picture.large.fp8_over_bfloat16"]["ratio"] == pytest.approx(1, abs=2e-3)
+    assert summary({**page, "device": "NVIDIA L4", "seconds": 1.0})["beside_predicted"] == {}

@@ -6,8 +6,8 @@ against torch's counter of operations and against a trace of all that passes thr
 b rows, n image tokens, t text tokens, D width, L blocks.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Literal, NamedTuple
 
 from octavo.models.clip import ClipConfig
 from octavo.models.controlnet import ControlNetConfig
@@ -20,6 +20,31 @@ from octavo.placement.work import Work
 
 # Shares of the rate of large products that other work reaches: attention with heads of 64 channels, convolutions.
 ATTENTION, CONVOLUTION = 0.6, 0.5
+# Likewise attention in eight bits, of the FP8 rate. Nobody has measured ours; on Hopper, whose units make 3.9e12
+# exponentials a second (Shah et al. 2024, arXiv 2407.08608), these alone take as long as 1.0e15 operations of a head of
+# 64, and after the products, at 1.58e15, leave 0.39. Where both overlap it is more: 0.6 is published for wider heads.
+ATTENTION_8BIT = 0.4
+
+Passes = Literal["plain", "16 bits", "8 bits"]
+"""What stands between the products of a block: operations one by one in 16 bits; fused steps that end in 16 bits, as
+weights in 16 bits have them; or that end in 8 bits, what no step makes being rounded in one pass."""
+
+
+class PassBytes(NamedTuple):
+    """Bytes a token and channel that passes over activations of 16 bits read and write; proven in the tests."""
+
+    stream: int  # of a block
+    dual: int  # more of the image's, where it has a second attention
+    last: int  # of the text in the last block, which ends in its keys and values
+
+
+PASSES: Mapping[Passes, PassBytes] = {
+    "plain": PassBytes(64, 22, 16),
+    # Norm 4, heads 12, residual with norm 8, GELU by torch 16, residual 6; a second norm 2, heads 12, residual 6.
+    "16 bits": PassBytes(46, 20, 16),
+    # Norm 3, heads 12, rounding for the projection 3, residual with norm 7, GELU 12, residual 6; 1 + 12 + 3 + 6.
+    "8 bits": PassBytes(43, 22, 15),
+}
 
 
 class Cost(NamedTuple):
@@ -39,33 +64,31 @@ class Cost(NamedTuple):
         """The same, so many times."""
         return Cost(*(count * each for each in self))
 
-    def seconds(self, card: Card, *, fp8: bool) -> float:
+    def seconds(self, card: Card, *, fp8: bool, attention_8bit: bool = False) -> float:
         """How long `card` takes for it.
 
         Args:
             fp8: whether linear layers have FP8 weights and round their inputs, where the card can.
+            attention_8bit: whether attention is in eight bits (`--fast`), where the card has FP8 units.
         """
         rate = card.fp8 if fp8 and card.fp8 else card.bf16
         products = max(self.products / rate, self.weights / card.bandwidth)
-        attention = self.attention / (ATTENTION * card.bf16)
+        attending = ATTENTION_8BIT * card.fp8 if attention_8bit and card.fp8 else ATTENTION * card.bf16
+        attention = self.attention / attending
         convolutions = self.convolutions / (CONVOLUTION * card.bf16)
         return products + attention + convolutions + self.moved / card.bandwidth
 
 
-def mmdit_block(config: MMDiTConfig, index: int, work: Work, part: PartShape, *, fused: bool) -> Cost:
-    """Block number `index` of a step.
-
-    Args:
-        fused: normalising, modulating, gating and rounding in one pass each, as `fp8.fused` does.
-    """
+def mmdit_block(config: MMDiTConfig, index: int, work: Work, part: PartShape, *, passes: Passes) -> Cost:
+    """Block number `index` of a step."""
     b, n, t, D = work.rows, work.image_tokens(config), work.tokens, config.width
     dual, last = index in config.dual_attention, index == config.depth - 1
     # qkv 3, proj 1, and the MLP's two, in squares of the width.
     stream = 4 + 2 * config.mlp_ratio
     squares = n * (stream + 4 * dual) + t * (3 if last else stream)
     attention = 4 * b * D * ((n + t) ** 2 + (n * n if dual else 0))
-    a_stream = 40 if fused else 64  # bytes a token and channel in 16 bits, see `passes` in the tests
-    moved = b * D * (n * (a_stream + (14 if fused else 22) * dual) + t * (16 if last else a_stream))
+    nbytes = PASSES[passes]
+    moved = b * D * (n * (nbytes.stream + nbytes.dual * dual) + t * (nbytes.last if last else nbytes.stream))
     return Cost(
         products=2.0 * b * D * D * squares, attention=float(attention), weights=part.units[index], moved=float(moved)
     )

@@ -34,13 +34,24 @@ class Stays(Protocol):
 
 
 def run(
-    shapes: Shapes, work: Work, stays: Mapping[str, Stays], *, modulation_streamed: bool, tile: int | None, card: Card
+    shapes: Shapes,
+    work: Work,
+    stays: Mapping[str, Stays],
+    *,
+    modulation_streamed: bool,
+    tile: int | None,
+    card: Card,
+    fast: bool = False,
 ) -> Timeline:
-    """What the simulated `card` does for one picture, or for as many as `work` draws together."""
+    """What the simulated `card` does for one picture, or for as many as `work` draws together.
+
+    Args:
+        fast: attend in eight bits, as `--fast` lets a model with FP8 weights do where the card has units for it.
+    """
     tasks = [
         *_encode(shapes, work, stays, card),
         *_modulation(shapes, work, streamed=modulation_streamed, card=card),
-        *_denoise(shapes, work, stays, card),
+        *_denoise(shapes, work, stays, card, fast=fast),
         *_decode(shapes, work, stays, tile, card),
     ]
     slots = {kind: stay.slots for kind, stay in stays.items()}
@@ -75,11 +86,12 @@ def _modulation(shapes: Shapes, work: Work, *, streamed: bool, card: Card) -> It
             yield Task(stage="modulation", name=f"{kind} {i}", compute=seconds, copy=copy, pool="modulation")
 
 
-def _denoise(shapes: Shapes, work: Work, stays: Mapping[str, Stays], card: Card) -> Iterator[Task]:
+def _denoise(shapes: Shapes, work: Work, stays: Mapping[str, Stays], card: Card, *, fast: bool) -> Iterator[Task]:
     part, stay = shapes.parts["mmdit"], stays["mmdit"]
     config, fp8 = cast(MMDiTConfig, part.config), _in_fp8(part)
-    fused = fp8 and card.fp8 is not None
-    blocks = [costs.mmdit_block(config, i, work, part, fused=fused).seconds(card, fp8=fp8) for i in range(config.depth)]
+    passes: costs.Passes = "8 bits" if fp8 and card.fp8 is not None else "16 bits"
+    each = (costs.mmdit_block(config, i, work, part, passes=passes) for i in range(config.depth))
+    blocks = [cost.seconds(card, fp8=fp8, attention_8bit=fast) for cost in each]
     ends = costs.mmdit_ends(config, work).seconds(card, fp8=fp8)
     streamed = frozenset(stay.streamed_units)
     control = list(_control_step(shapes, work, stays, card))
