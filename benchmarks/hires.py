@@ -101,9 +101,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=100, help="prompts")
     parser.add_argument("--beyond", action="store_true", help="to twice the size that the model knows, not up to it")
     parser.add_argument(
-        "--method", nargs="+", choices=METHODS, default=["lanczos", "latent-bilinear", "latent-bislerp"]
+        "--method", nargs="+", choices=METHODS, default=["lanczos", "latent-bislerp"]
     )
-    parser.add_argument("--denoise", nargs="+", type=float, default=[0, 0.2, 0.3, 0.4, 0.5, 0.7])
+    parser.add_argument("--denoise", nargs="+", type=float, default=[0, 0.2, 0.3, 0.5])
     parser.add_argument("--steps", type=int, help="of the second pass; as many as of the first if unsaid")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--sheet", type=Path, help="write the pictures of the second passes to this file")

@@ -15,7 +15,8 @@ from octavo.fp8 import Fp8Linear
 from octavo.models.adapter import adapted, weight_of
 from octavo.pipeline.components import Components
 from octavo.pipeline.encode import Conditioning, TextEncoders
-from octavo.pipeline.generate import prepare, start
+from octavo.pipeline.generate import prepare, prepare_each, start
+from octavo.pipeline.hires import Hires
 from octavo.pipeline.image import a1111_parameters
 from octavo.pipeline.request import GenerateRequest, Job, Lora, resolve
 from octavo.pipeline.run import Run, Walk, solve
@@ -247,3 +248,16 @@ def test_what_is_released_in_use_is_made_again(components: Components) -> None:
     before = latents(components, "a red star <lora:two>")
     adapter.release()
     assert torch.equal(latents(components, "a red star <lora:two>"), before)
+
+
+def test_each_pass_has_the_loras_that_its_prompt_asks_for(components: Components) -> None:
+    hires = Hires(prompt="a red star <lora:two:0.5>")
+    job = job_of(components, "a red star <lora:One>", hires=hires, negative_prompt="")
+    first, second = prepare_each(components, job)
+    assert first.adapters == components.stack((Lora("One"),))["mmdit"]
+    assert second.adapters == components.stack((Lora("two", 0.5),))["mmdit"]
+    # One speaks to CLIP-L, two does not: the same words are read anew without it.
+    read = [track.positive[0].conditioning.context for track in (first, second)]
+    assert not torch.equal(*read)
+    (plain,) = prepare_each(components, job_of(components, "a red star"))
+    assert torch.equal(read[1], plain.positive[0].conditioning.context)

@@ -26,6 +26,7 @@ from octavo.pipeline.control_request import ControlImage
 from octavo.pipeline.denoise import Question, Track, denoise, make_tables
 from octavo.pipeline.encode import Conditioning
 from octavo.pipeline.generate import Progress, generate_each, prepare
+from octavo.pipeline.hires import Hires
 from octavo.pipeline.placing import Budget, budget_of, check_vram
 from octavo.pipeline.request import resolve
 from octavo.pipeline.shelf import LoadSettings, Shelf
@@ -102,6 +103,21 @@ def test_a_picture_is_the_same_on_every_rung() -> None:
         "mmdit streams 1 of 3",
     ):
         assert any(rung in said for said in seen), rung
+
+
+@pytest.mark.parametrize("method", ["lanczos", "latent-bislerp"])
+def test_a_picture_of_two_passes_is_the_same_on_every_rung(method: str) -> None:
+    """The VAE comes between the passes and leaves again, where the plan says so; words are read before either."""
+    request = replace(REQUEST, width=32, height=32, hires=Hires(method=method, prompt="a blue star"))
+    expected = pixels(load(device="cpu"), request)
+    for budget in budgets():
+        components = placed(budget)
+        assert components.placing is not None
+        if components.placing.plan.tile is not None:
+            continue
+        assert np.array_equal(pixels(components, request), expected), components.headline
+        work = components.placing.plan.work
+        assert (work.width, work.height) == (64, 64)
 
 
 def test_what_leaves_is_away_and_comes_back_when_it_is_called() -> None:
