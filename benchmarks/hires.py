@@ -100,9 +100,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=100, help="prompts")
     parser.add_argument("--beyond", action="store_true", help="to twice the size that the model knows, not up to it")
-    parser.add_argument(
-        "--method", nargs="+", choices=METHODS, default=["lanczos", "latent-bislerp"]
-    )
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=["lanczos", "latent-bislerp"])
     parser.add_argument("--denoise", nargs="+", type=float, default=[0, 0.2, 0.3, 0.5])
     parser.add_argument("--steps", type=int, help="of the second pass; as many as of the first if unsaid")
     parser.add_argument("--threads", type=int, default=1)
