@@ -144,3 +144,15 @@ def test_what_this_machine_says_makes_sense(monkeypatch: pytest.MonkeyPatch) -> 
     assert quota is None or quota > 0
     assert 1 <= threads.physical_cores() <= (os.cpu_count() or 1)
     assert 1 <= threads.allowed_cores() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize(
+    ("device", "lean", "kept"), [("cpu", False, True), ("cpu", True, False), ("cuda", False, False)]
+)
+def test_a_step_leaves_its_memory_to_the_next_on_a_cpu_unless_work_is_to_be_small(
+    device: str, lean: bool, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = list[bool]()
+    monkeypatch.setattr(threads, "keep_freed_memory", lambda: called.append(True))
+    threads.take_threads(None, torch.device(device), lean=lean)
+    assert bool(called) is kept

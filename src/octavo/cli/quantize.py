@@ -192,7 +192,7 @@ def quantize(
     from octavo.placement.threads import take_threads
 
     console = Console(stderr=True, quiet=quiet, highlight=False)
-    take_threads(threads, pick_device(device), measure=True)
+    take_threads(threads, pick_device(device), measure=True, lean=True)
     settings = QuantizeSettings(
         recipe=recipe,
         form=form,  # type: ignore[arg-type]  # checked there

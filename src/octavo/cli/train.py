@@ -229,7 +229,7 @@ def distil(
     from octavo.placement.threads import take_threads
 
     console = Console(stderr=True, highlight=False)
-    take_threads(threads, pick_device(device), measure=True)
+    take_threads(threads, pick_device(device), measure=True, lean=True)
     with _bar(console) as watch:
         result = finetune_checkpoint(
             teacher,

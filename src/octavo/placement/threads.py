@@ -19,7 +19,7 @@ from threading import active_count
 import torch
 from torch import nn
 
-from octavo.devices import device_name
+from octavo.devices import device_name, keep_freed_memory
 from octavo.errors import RequestError
 from octavo.fp8.timing import cache_folder
 
@@ -37,8 +37,8 @@ class Threads:
     why: str
 
 
-def take_threads(given: int | None, device: torch.device, *, measure: bool = False) -> None:
-    """Let a CPU multiply with so many threads, or with as many as are best.
+def take_threads(given: int | None, device: torch.device, *, measure: bool = False, lean: bool = False) -> None:
+    """Let a CPU multiply with so many threads, or with as many as are best, and keep the memory of a step for the next.
 
     Call it before weights are read, and before the thread that is to do the work has asked torch for anything: each
     keeps the number that it found then. The calling thread and those to come take the new one.
@@ -47,6 +47,7 @@ def take_threads(given: int | None, device: torch.device, *, measure: bool = Fal
         given: what the user asks for.
         device: where the work is done.
         measure: as of `pick_threads`.
+        lean: give memory back to the system as it is freed; for work that is to be small rather than quick.
 
     Raises:
         RequestError: as `check_threads`.
@@ -54,6 +55,8 @@ def take_threads(given: int | None, device: torch.device, *, measure: bool = Fal
     check_threads(given, device)
     if device.type == "cpu":
         use_threads(pick_threads(given, measure=measure))
+        if not lean:
+            keep_freed_memory()
 
 
 def check_threads(given: int | None, device: torch.device) -> None:

@@ -1,6 +1,5 @@
 """All of a server that needs torch, put together. Imported in the background, see `state`."""
 
-from octavo.devices import keep_freed_memory
 from octavo.engine.batch import Batcher
 from octavo.engine.drawing import drawing
 from octavo.engine.metrics import fp8_layers
@@ -22,12 +21,10 @@ def load(state: State) -> Works:
     loading = {**settings.loading, "text_encoders": tuple(settings.loading.get("text_encoders", ()))}
     shelf = Shelf(LoadSettings(models_dir=settings.models_dir, **loading))
     components = shelf.components(settings.model)
-    if shelf.device.type == "cpu":
-        keep_freed_memory()
     shelf.when_loaded = lambda part: metrics.load(f"{part.path.stem} ({part.kind})")
-    # Under a budget that the owner has named, no turn is larger than what was planned for.
     # Before the device's thread begins, for it keeps the number that it finds then.
     take_threads(settings.threads, shelf.device, measure=is_large(components.mmdit.skeleton))
+    # Under a budget that the owner has named, no turn is larger than what was planned for.
     placing = components.placing
     most = None if placing is None or not placing.budget.named else placing.tokens
     batcher = Batcher(max_tokens=most, metrics=metrics, relief=shelf.free, smaller=shelf.smaller)
