@@ -161,8 +161,8 @@ def keep_freed_memory() -> None:
     """Have glibc keep up to 256 MB of freed memory for what comes next; for processes that work on and on.
 
     Otherwise the room of a step's tensors goes back to the system after each step and is fetched again, page by page,
-    in the next: 12 to 25 % of the time of a batch of eight small pictures, 3 % of a step of SD3.5 Medium at 256x256, 7 %
-    at 512x512. `trim_memory` still gives it back.
+    in the next: 12 to 25 % of the time of a batch of eight small pictures, 3 % of a step of SD3.5 Medium at 256x256,
+    7 % at 512x512. `trim_memory` still gives it back.
     """
     mallopt = _of_glibc("mallopt")
     if mallopt is not None:
