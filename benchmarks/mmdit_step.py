@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from benchmarks.common import in_own_process, interleave, measure, peak_memory, ratio, report
 from octavo.checkpoint.force import forced_specs
 from octavo.devices import whole_processor
+from octavo.evaluate.bench_peers import diffusers_transformer
 from octavo.fp8 import Fp8Linear, Mode, prepare, quantize
 from octavo.models import MMDiT, MMDiTConfig
 from octavo.quantize import convert
@@ -207,27 +208,8 @@ def _gain(weight: Tensor) -> float:
 
 def as_diffusers(mmdit: MMDiT) -> nn.Module:
     """diffusers' model of the same shape, its weights views of ours, so that both fit into memory at once."""
-    import diffusers
-
-    # Untyped in either case, so that checks give the same with diffusers installed and without.
-    build: Any = diffusers.SD3Transformer2DModel
-    config = mmdit.config
     with torch.device("meta"):
-        peer: nn.Module = build(
-            sample_size=128,
-            patch_size=config.patch_size,
-            in_channels=config.in_channels,
-            num_layers=config.depth,
-            attention_head_dim=config.width // config.heads,
-            num_attention_heads=config.heads,
-            joint_attention_dim=config.context_width,
-            caption_projection_dim=config.width,
-            pooled_projection_dim=config.pooled_width,
-            out_channels=config.out_channels,
-            pos_embed_max_size=config.pos_embed_size,
-            dual_attention_layers=config.dual_attention,
-            qk_norm="rms_norm",
-        )
+        peer = diffusers_transformer(mmdit.config)
     peer.load_state_dict(dict(_diffusers_weights(mmdit)), assign=True)
     return peer.eval()
 

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.predict import MODELS, WORK
+from octavo.evaluate.bench_peers import diffusers_transformer
 from octavo.models import MMDiTConfig
 
 STORED = Path("docs/benchmarks/peer_passes.json")
@@ -62,26 +63,9 @@ def _nbytes(tensor: Tensor) -> int:
 
 def count(model: str) -> dict[str, int]:
     """Kernels and bytes of a step of diffusers' transformer."""
-    import diffusers
-
     config = RELEASED[model]
-    build: Any = diffusers.SD3Transformer2DModel
     with torch.device("meta"):
-        transformer: Any = build(
-            sample_size=128,
-            patch_size=config.patch_size,
-            in_channels=config.in_channels,
-            num_layers=config.depth,
-            attention_head_dim=config.width // config.heads,
-            num_attention_heads=config.heads,
-            joint_attention_dim=config.context_width,
-            caption_projection_dim=config.width,
-            pooled_projection_dim=config.pooled_width,
-            out_channels=config.out_channels,
-            pos_embed_max_size=config.pos_embed_size,
-            dual_attention_layers=config.dual_attention,
-            qk_norm="rms_norm" if config.qk_norm else None,
-        )
+        transformer: Any = diffusers_transformer(config)
         torch.nn.Module.to(transformer, torch.bfloat16)
         shapes = {
             "hidden_states": (WORK.rows, config.in_channels, *WORK.latents),

@@ -116,26 +116,8 @@ class Peers:
 
     def _transformer(self, config: MMDiTConfig) -> nn.Module:
         """diffusers' `SD3Transformer2DModel` of this shape, random weights made on the device."""
-        import diffusers
-
-        # Untyped in either case, so that checks give the same with diffusers installed and without.
-        build: Any = diffusers.SD3Transformer2DModel
         with torch.device("meta"), default_dtype(self.dtype):
-            model: nn.Module = build(
-                sample_size=128,
-                patch_size=config.patch_size,
-                in_channels=config.in_channels,
-                num_layers=config.depth,
-                attention_head_dim=config.width // config.heads,
-                num_attention_heads=config.heads,
-                joint_attention_dim=config.context_width,
-                caption_projection_dim=config.width,
-                pooled_projection_dim=config.pooled_width,
-                out_channels=config.out_channels,
-                pos_embed_max_size=config.pos_embed_size,
-                dual_attention_layers=config.dual_attention,
-                qk_norm="rms_norm" if config.qk_norm else None,
-            )
+            model = diffusers_transformer(config)
         # The plain method: diffusers' own has a remark to make. Its table of positions is float32 until then.
         model = nn.Module.to(model, self.dtype).to_empty(device=self.device).eval().requires_grad_(False)
         for name, tensor in model.state_dict().items():
@@ -163,3 +145,27 @@ class Peers:
 def _of_tokens(module: nn.Module, name: str) -> bool:
     """Whether this is a linear layer of diffusers' blocks through which every token goes."""
     return isinstance(module, nn.Linear) and "transformer_blocks" in name and "norm1" not in name
+
+
+def diffusers_transformer(config: MMDiTConfig) -> nn.Module:
+    """diffusers' `SD3Transformer2DModel` of this shape, on the device and in the dtype of the surrounding context."""
+    import diffusers
+
+    # Untyped in either case, so that checks give the same with diffusers installed and without.
+    build: Any = diffusers.SD3Transformer2DModel
+    model: nn.Module = build(
+        sample_size=128,
+        patch_size=config.patch_size,
+        in_channels=config.in_channels,
+        num_layers=config.depth,
+        attention_head_dim=config.width // config.heads,
+        num_attention_heads=config.heads,
+        joint_attention_dim=config.context_width,
+        caption_projection_dim=config.width,
+        pooled_projection_dim=config.pooled_width,
+        out_channels=config.out_channels,
+        pos_embed_max_size=config.pos_embed_size,
+        dual_attention_layers=config.dual_attention,
+        qk_norm="rms_norm" if config.qk_norm else None,
+    )
+    return model
