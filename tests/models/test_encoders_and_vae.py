@@ -93,6 +93,14 @@ def test_full_size_vae_equals_comfyui() -> None:
     torch.testing.assert_close(moments, io["encode/moments"], atol=1e-4, rtol=0)
 
 
+def test_what_the_vae_gives_lies_in_memory_as_its_shape_says() -> None:
+    """Files and kernels take it as it is, whatever layout its convolutions like."""
+    vae = VAE(VAEConfig(channels=(8, 8, 8, 8), layers_per_block=1, groups=4)).requires_grad_(False)
+    moments = vae.encode(torch.randn(2, 3, 32, 16))
+    assert moments.is_contiguous()
+    assert vae.decode(moments[:, :16]).is_contiguous()
+
+
 def test_latents_of_the_model_and_of_the_vae_are_mapped_as_comfyui_maps_them() -> None:
     table = json.loads(golden("comfyui/vae.json").read_text())["process_in_table"]
     z = torch.tensor(table["in"])

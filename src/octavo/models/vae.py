@@ -200,13 +200,13 @@ class VAE(nn.Module):
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1], sides divisible by 8 → moments [B, 32, h, w]: mean, then log-variance."""
         by_rows = self._by_rows(pixels, 1)
-        moments: Tensor = rows.encode(self.encoder, pixels) if by_rows else self.encoder(_laid_out(pixels))
+        moments: Tensor = rows.encode(self.encoder, pixels) if by_rows else self.encoder(_laid_out(pixels)).contiguous()
         return moments
 
     def decode(self, z: Tensor) -> Tensor:
         """Encoded latents [B, 16, h, w] → pixels [B, 3, H, W] near [-1, 1], not clamped."""
         by_rows = self._by_rows(z, self.config.factor)
-        pixels: Tensor = rows.decode(self.decoder, z) if by_rows else self.decoder(_laid_out(z))
+        pixels: Tensor = rows.decode(self.decoder, z) if by_rows else self.decoder(_laid_out(z)).contiguous()
         return pixels
 
     def _by_rows(self, x: Tensor, factor: int) -> bool:
