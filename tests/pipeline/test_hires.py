@@ -18,6 +18,7 @@ from octavo.pipeline.generate import Progress, enlarge, finish, prepare, prepare
 from octavo.pipeline.hints import ControlPicture
 from octavo.pipeline.hires import METHODS, Hires, enlarged
 from octavo.pipeline.image import a1111_parameters, read_settings
+from octavo.pipeline.passes import work_of
 from octavo.pipeline.request import Job, Lora, resolve
 from octavo.pipeline.run import solve
 from octavo.placement.work import Work
@@ -50,6 +51,22 @@ def pixels(components: Components, request: GenerateRequest) -> bytes:
 
 def job_of(components: Components, request: GenerateRequest) -> Job:
     return resolve(request, components.preset, model=components.name, max_side=components.max_side)
+
+
+@pytest.mark.parametrize(
+    ("changes", "texts"),
+    [
+        ({}, 2),  # both passes say the same
+        ({"prompt": "a blue star"}, 3),
+        ({"prompt": "a blue star", "negative_prompt": "red"}, 4),
+        ({"guidance_scale": 1.0}, 2),  # the first pass has a negative prompt
+        ({"prompt": "a blue star", "loras": (Lora("other"),)}, 2),  # read with other LoRAs, and so by themselves
+    ],
+)
+def test_memory_is_planned_for_all_texts_that_are_encoded_together(
+    tiny: Components, changes: dict[str, Any], texts: int
+) -> None:
+    assert work_of(job_of(tiny, with_hires(**changes)), tokens=77).prompts == texts
 
 
 @pytest.mark.parametrize("method", ["lanczos", "latent-bislerp"])

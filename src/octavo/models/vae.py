@@ -217,5 +217,5 @@ class VAE(nn.Module):
 
 
 def _laid_out(x: Tensor) -> Tensor:
-    """[B, C, H, W] as its convolutions like it, and all that follow: on a CPU with channels last, 13 % faster."""
+    """[B, C, H, W] as its convolutions like it, and all that follow: on a CPU with channels last, a tenth faster."""
     return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
 from octavo.errors import RequestError
+from octavo.pipeline.bounds import MULTIPLE
 from octavo.pipeline.image import open_image
 from octavo.pipeline.inpaint import flat
 from octavo.pipeline.latents import upright
 
 ASPECT = 0.01  # by how much a mask's shape may differ from that of its picture
-MULTIPLE = 16  # of the sides of what is drawn
 FURTHEST = 1024  # pixels of growth or feather
 FEATHER = 16  # pixels over which an outpainted picture's own border is drawn anew, too
 

@@ -25,7 +25,7 @@ from octavo.pipeline.encode import Conditioning, TextEncoders, encode_all
 from octavo.pipeline.hires import Hires, enlarged
 from octavo.pipeline.image import Picture
 from octavo.pipeline.latents import latent_shape, latents_of, mask_of
-from octavo.pipeline.passes import Counted, guidance_of, levels_of, sides_of, work_of
+from octavo.pipeline.passes import Counted, guidance_of, levels_of, sides_of, texts_of, work_of
 from octavo.pipeline.request import GenerateRequest, Job, Lora, resolve
 from octavo.pipeline.run import Inpaint, Run, Solve, Step, inpaint_noise, solve
 from octavo.pipeline.sparing import sparing
@@ -151,12 +151,9 @@ def prepare_each(components: Components, job: Job, *, encode: Encode = encode_al
     device, dtype, passes = components.device, components.dtype, job.passes
     work = work_of(job, tokens=components.text.positions)
     components.fit(work)
-    stacks = {each.loras: components.stack(each.loras) for each in passes}
-    asked = {loras: dict[str, None]() for loras in stacks}  # the words that are read with them
-    for each in passes:
-        asked[each.loras] |= dict.fromkeys([each.prompt, each.negative_prompt][: sides_of(each)])
-    said = dict[tuple[tuple[Lora, ...], str], Conditioning]()
-    for loras, words in asked.items():
+    texts, said = texts_of(job), dict[tuple[tuple[Lora, ...], str], Conditioning]()
+    stacks = {loras: components.stack(loras) for loras in texts}
+    for loras, words in texts.items():
         text = components.text.adapted({kind: each for kind, each in stacks[loras].items() if kind != "mmdit"})
         told = encode(text, [spoken(prompt) for prompt in words], job.clip_skip)  # in one pass: encoders may stream
         said |= {(loras, prompt): each.to(device, dtype) for prompt, each in zip(words, told, strict=True)}

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from octavo.pipeline.request import Job
+from octavo.pipeline.request import Job, Lora
 from octavo.pipeline.run import Step
 from octavo.placement.work import Work
 from octavo.sampling import ClassifierFree, Guidance, get_sampler, schedule
@@ -28,16 +28,24 @@ def levels_of(job: Job) -> list[float]:
     return schedule(job.schedule, job.steps, shift=job.shift, denoise=job.denoise, discard_penultimate=discard)
 
 
+def texts_of(job: Job) -> dict[tuple[Lora, ...], list[str]]:
+    """What all passes of a job say, each text once, by the LoRAs with which it is read: those are encoded together."""
+    said = dict[tuple[Lora, ...], dict[str, None]]()
+    for each in job.passes:
+        texts = [each.prompt, each.negative_prompt][: sides_of(each)]
+        said.setdefault(each.loras, {}).update(dict.fromkeys(texts))
+    return {loras: list(texts) for loras, texts in said.items()}
+
+
 def work_of(job: Job, *, tokens: int) -> Work:
     """What a job asks of the model: the most that any of its passes does."""
     passes = job.passes
-    sides = max(map(sides_of, passes))
     return Work(
         width=max(each.width for each in passes),
         height=max(each.height for each in passes),
         steps=max(each.steps for each in passes),
-        rows=sides,
-        prompts=sides,
+        rows=max(map(sides_of, passes)),
+        prompts=max(map(len, texts_of(job).values())),
         tokens=tokens,
     )
 

@@ -16,6 +16,7 @@ from starlette.datastructures import FormData, UploadFile
 
 from octavo.engine.jobs import Stored
 from octavo.errors import OctavoError
+from octavo.pipeline.bounds import nearest_side
 from octavo.pipeline.inpaint import Prepared, prepare
 from octavo.server import jobs, pictures, problems
 from octavo.server.limits import open_picture
@@ -167,7 +168,7 @@ async def _ordered(
 def suited(size: tuple[int, int], pixels: int) -> tuple[int, int]:
     """The size nearest to a picture's that the model can draw: sides in multiples of 16, not more pixels than usual."""
     shrink = min(1.0, (pixels / (size[0] * size[1])) ** 0.5)
-    width, height = (max(16, round(side * shrink / 16) * 16) for side in size)
+    width, height = (nearest_side(side * shrink) for side in size)
     return width, height
 
 

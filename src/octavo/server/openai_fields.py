@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from octavo.errors import RequestError
+from octavo.pipeline.bounds import nearest_side
 from octavo.server.fields import MOST_LORAS, HiresSettings, LoraSettings
 from octavo.server.openai_own import MOST_CONTROLS, ControlField, as_json
 from octavo.server.problems import Refused
@@ -113,7 +114,7 @@ def size_of(text: str | None) -> tuple[int, int] | None:
         raise RequestError(f"size '{text[:30]}': write auto, or width x height in pixels such as 1024x1024.")
     width, height = int(found[1]), int(found[2])
     if width % 16 or height % 16:
-        near = "x".join(str(max(16, round(side / 16) * 16)) for side in (width, height))
+        near = "x".join(str(nearest_side(side)) for side in (width, height))
         raise RequestError(f"size {text}: the model needs multiples of 16, such as {near}.")
     return width, height
 
